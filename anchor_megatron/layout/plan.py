@@ -1,0 +1,176 @@
+"""The plan of one rank: what it holds, in which order, what it attends to at once, what it waits for, whom it serves.
+
+One document of 8 tokens on two ranks, zigzag; rank 0 holds tokens 0-1 and 6-7, rank 1 tokens 2-5:
+
+    rank 0   rows 0 1 | 6 7    local: tokens 0-1 see only themselves    waiting: 6-7 need 0-7, so receive 2 3 4 5
+    rank 1   rows     | 2 3 4 5                                         waiting: 2-5 need 0-5, so receive 0 1
+
+A *local* piece begins its document, so that its keys are exactly its own rows; every other piece is *waiting*. Local rows
+come first, and each group is in token order: both outputs are slices. A key is fetched once a rank, also where two
+pieces of the rank need it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from anchor_megatron.layout.placement import Placement, piece_areas
+
+__all__ = ["Plan", "check_plans", "make_plan", "make_plans"]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What one rank does with a micro-batch; T tokens held, L local pieces, W waiting ones, R received rows.
+
+    token_index       int64 [T]    micro-batch token of every row
+    local_tokens                   rows [0, local_tokens) are the local pieces
+    cu_seqlens_local  int32 [L+1]  their borders, as queries and as keys
+    cu_seqlens_q      int32 [W+1]  waiting pieces' queries, counted from row local_tokens
+    cu_seqlens_k      int32 [W+1]  their keys, each piece's from its document's first token to its own last
+    key_index         int32 [K]    row, among own rows and then received ones, of every such key
+    send_index        int32 [S]    own rows to send, by destination rank, in token order within
+    send_counts, recv_counts       rows to and from every rank; received rows lie by source, in token order within
+    area                           visible (query, key) pairs
+    """
+
+    token_index: np.ndarray
+    local_tokens: int
+    cu_seqlens_local: np.ndarray
+    cu_seqlens_q: np.ndarray
+    cu_seqlens_k: np.ndarray
+    key_index: np.ndarray
+    send_index: np.ndarray
+    send_counts: tuple[int, ...]
+    recv_counts: tuple[int, ...]
+    max_seqlen_local: int
+    max_seqlen_q: int
+    max_seqlen_k: int
+    area: int
+
+
+def make_plans(placement: Placement) -> list[Plan]:
+    """The plans of all ranks."""
+    return [make_plan(placement, rank) for rank in range(placement.context_parallel_size)]
+
+
+def make_plan(placement: Placement, rank: int) -> Plan:
+    """The plan of `rank`. A function of the placement alone, so that all ranks' plans fit together."""
+    mine = np.flatnonzero(placement.rank == rank)
+    first = placement.cu_seqlens[placement.document]
+    is_local = placement.start[mine] == first[mine]
+    local, waiting = mine[is_local], mine[~is_local]
+    rows = np.concatenate([local, waiting])
+    token_index = _ranges(placement.start[rows], placement.stop[rows])
+    local_lengths = placement.stop[local] - placement.start[local]
+    q_lengths = placement.stop[waiting] - placement.start[waiting]
+    k_lengths = placement.stop[waiting] - first[waiting]
+    row_of = np.full(int(placement.cu_seqlens[-1]), -1, dtype=np.int64)
+    row_of[token_index] = np.arange(token_index.size)
+    needed = _needed(placement, waiting)
+    source = needed_rank = placement.rank[needed]
+    received = needed[needed_rank != rank]
+    source = source[needed_rank != rank]
+    order = np.argsort(source, kind="stable")
+    received, counts = received[order], np.bincount(source, minlength=placement.context_parallel_size)
+    arrived = _ranges(placement.start[received], placement.stop[received])
+    row_of[arrived] = token_index.size + np.arange(arrived.size)
+    weights = placement.stop[received] - placement.start[received]
+    recv_counts = np.bincount(source[order], weights=weights, minlength=counts.size).astype(int)
+    send_index, send_counts = _sends(placement, rank, row_of)
+    return Plan(
+        token_index=token_index,
+        local_tokens=int(local_lengths.sum()),
+        cu_seqlens_local=_borders(local_lengths),
+        cu_seqlens_q=_borders(q_lengths),
+        cu_seqlens_k=_borders(k_lengths),
+        key_index=row_of[_ranges(first[waiting], placement.stop[waiting])].astype(np.int32),
+        send_index=send_index,
+        send_counts=send_counts,
+        recv_counts=tuple(recv_counts.tolist()),
+        max_seqlen_local=int(local_lengths.max(initial=0)),
+        max_seqlen_q=int(q_lengths.max(initial=0)),
+        max_seqlen_k=int(k_lengths.max(initial=0)),
+        area=int(piece_areas(placement)[mine].sum()),
+    )
+
+
+def _needed(placement: Placement, waiting: np.ndarray) -> np.ndarray:
+    """Pieces, in token order, that lie before the last of these waiting pieces in the same document."""
+    last = np.full(placement.cu_seqlens.size - 1, -1, dtype=np.int64)
+    np.maximum.at(last, placement.document[waiting], waiting)
+    return np.flatnonzero(np.arange(placement.rank.size) < last[placement.document])
+
+
+def _sends(placement: Placement, rank: int, row_of: np.ndarray) -> tuple[np.ndarray, tuple[int, ...]]:
+    """Own rows by destination: each of this rank's pieces goes to every rank with a later piece of its document."""
+    ranks, documents = placement.context_parallel_size, placement.cu_seqlens.size - 1
+    split = np.unique(placement.document[placement.start != placement.cu_seqlens[placement.document]])
+    compact = np.full(documents, -1)
+    compact[split] = np.arange(split.size)
+    pieces = np.flatnonzero(compact[placement.document] >= 0)
+    last = np.full((ranks, split.size), -1, dtype=np.int64)
+    np.maximum.at(last, (placement.rank[pieces], compact[placement.document[pieces]]), pieces)
+    mine = pieces[placement.rank[pieces] == rank]
+    wanted = last[:, compact[placement.document[mine]]] > mine[None, :]
+    wanted[rank] = False
+    destination, which = np.nonzero(wanted)
+    sent = mine[which]
+    lengths = placement.stop[sent] - placement.start[sent]
+    counts = np.bincount(destination, weights=lengths, minlength=ranks).astype(int)
+    rows = row_of[_ranges(placement.start[sent], placement.stop[sent])]
+    return rows.astype(np.int32), tuple(counts.tolist())
+
+
+def _ranges(start: np.ndarray, stop: np.ndarray) -> np.ndarray:
+    """The integers of every [start, stop), one range after another."""
+    lengths = stop - start
+    offsets = np.cumsum(lengths) - lengths
+    return np.repeat(start - offsets, lengths) + np.arange(int(lengths.sum()))
+
+
+def _borders(lengths: np.ndarray) -> np.ndarray:
+    return np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
+
+
+def check_plans(placement: Placement, plans: list[Plan]) -> None:
+    """Raises AssertionError where tokens, transfers or visible pairs are not each accounted for exactly once."""
+    tokens = int(placement.cu_seqlens[-1])
+    owned = np.concatenate([plan.token_index for plan in plans])
+    assert np.array_equal(np.sort(owned), np.arange(tokens)), "a token is not owned exactly once"
+    assert len({plan.token_index.size for plan in plans}) == 1, "ranks hold different numbers of tokens"
+    lengths = np.diff(placement.cu_seqlens)
+    pairs = int((lengths * (lengths + 1) // 2).sum())
+    assert sum(plan.area for plan in plans) == pairs, "visible pairs are not each computed once"
+    first_of = np.repeat(placement.cu_seqlens[:-1], lengths)
+    for rank, plan in enumerate(plans):
+        held = np.concatenate([plan.token_index, _arriving(plans, rank)])
+        assert held.size == plan.token_index.size + sum(plan.recv_counts), f"rank {rank}: sent is not received"
+        keys = held[plan.key_index]
+        for piece in range(plan.cu_seqlens_q.size - 1):
+            rows = slice(*(plan.local_tokens + plan.cu_seqlens_q[piece : piece + 2]))
+            queries = plan.token_index[rows]
+            seen = keys[slice(*plan.cu_seqlens_k[piece : piece + 2])]
+            expected = np.arange(first_of[queries[0]], queries[-1] + 1)
+            assert np.array_equal(seen, expected), f"rank {rank}: a waiting piece does not see its document's keys"
+            assert np.array_equal(queries, expected[-queries.size :]), f"rank {rank}: a piece is not contiguous"
+        for piece in range(plan.cu_seqlens_local.size - 1):
+            row, end = plan.cu_seqlens_local[piece : piece + 2]
+            first = plan.token_index[row]
+            whole = np.array_equal(plan.token_index[row:end], np.arange(first, first + end - row))
+            assert whole and first == first_of[first], f"rank {rank}: a local piece does not begin its document"
+        used = np.unique(plan.key_index[plan.key_index >= plan.token_index.size]).size
+        assert used == sum(plan.recv_counts), f"rank {rank}: a received row is not needed"
+
+
+def _arriving(plans: list[Plan], rank: int) -> np.ndarray:
+    """Tokens in the order in which `rank` receives them."""
+    parts = []
+    for source, plan in enumerate(plans):
+        begin = sum(plan.send_counts[:rank])
+        rows = plan.send_index[begin : begin + plan.send_counts[rank]]
+        assert rows.size == plans[rank].recv_counts[source], f"rank {source} to {rank}: sent is not received"
+        parts.append(plan.token_index[rows])
+    return np.concatenate(parts)

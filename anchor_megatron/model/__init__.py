@@ -1,0 +1,1 @@
+"""The model: Megatron-Core's GPTModel with explicit positions and attention over a plan."""

@@ -1,0 +1,15 @@
+"""Imported where ranks are forked from (see `ranks.py`): readies the process for Megatron-Core, then loads it.
+
+Importing this changes the process: without a GPU it is one where Megatron-Core takes the CPU for its device.
+"""
+
+import torch
+
+from anchor_megatron import cpu
+
+if not torch.cuda.is_available():
+    cpu.install()
+
+import megatron.core.distributed  # noqa: E402
+import megatron.core.models.gpt  # noqa: E402
+import megatron.core.optimizer  # noqa: E402, F401

@@ -1,0 +1,122 @@
+"""From windows to what one rank feeds its model.
+
+    windows (B of S tokens) -> positions, placement -> this rank's plan -> its tokens, in the plan's order
+
+The first half runs in a loader's worker (`plan_batch`, numpy), the second on the device (`PlannedBatch.to`, one copy).
+Windows of a micro-batch lie one after another as a single packed sequence; documents of all of them are placed together.
+
+Legend: B windows, S tokens a window, T rows of this rank = B * S / context_parallel_size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from anchor_megatron.attention.plan_tensors import PackedArrays, PlanTensors, plan_arrays, plan_tensors
+from anchor_megatron.data.window import Window
+from anchor_megatron.layout.modes import attention_cu_seqlens, positions
+from anchor_megatron.layout.placement import balance, place
+from anchor_megatron.layout.plan import Plan, make_plan
+
+__all__ = ["Batch", "BatchStats", "PlannedBatch", "plan_batch"]
+
+
+@dataclass(frozen=True)
+class BatchStats:
+    """Figures of one micro-batch for the log; all but `received_tokens` are the same on every context-parallel rank."""
+
+    tokens: int  # documents' own tokens: neither anchors nor padding
+    documents: int  # pieces of documents in the windows
+    padding: int  # tokens that fill a window's end
+    area: int  # visible (query, key) pairs
+    balance: float  # largest rank's area over the mean
+    received_tokens: int  # key/value rows this rank receives in every layer
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One micro-batch on the device: int64 [1, T] tokens, labels, positions; fp32 [1, T] loss_mask; the plan."""
+
+    tokens: Tensor
+    labels: Tensor
+    positions: Tensor
+    loss_mask: Tensor
+    anchors: Tensor
+    plan: PlanTensors
+
+
+@dataclass(frozen=True)
+class PlannedBatch:
+    """One micro-batch on the host, ready to travel."""
+
+    arrays: PackedArrays
+    plan: Plan
+    stats: BatchStats
+
+    def pin_memory(self) -> PlannedBatch:
+        """Page-locked, so that the copy to the device does not block; torch's DataLoader calls it."""
+        return PlannedBatch(self.arrays.pin_memory(), self.plan, self.stats)
+
+    def to(self, device: torch.device) -> Batch:
+        """The batch on `device`, by one non-blocking copy."""
+        arrays = self.arrays.to(device)
+        return Batch(
+            tokens=arrays["tokens"].long()[None],
+            labels=arrays["labels"].long()[None],
+            positions=arrays["positions"].long()[None],
+            loss_mask=arrays["loss_mask"].float()[None],
+            anchors=arrays["anchors"].bool()[None],
+            plan=plan_tensors(self.plan, arrays),
+        )
+
+
+def plan_batch(
+    windows: Sequence[Window],
+    *,
+    mode: str,
+    placement: str,
+    context_parallel_size: int,
+    context_parallel_rank: int,
+) -> PlannedBatch:
+    """This context-parallel rank's share of a micro-batch of equally long `windows`."""
+    window_length = windows[0].tokens.size
+    cu_seqlens = _joined_cu_seqlens(windows)
+    spans = attention_cu_seqlens(mode, cu_seqlens, window_length=window_length)
+    placed = place(placement, spans, context_parallel_size=context_parallel_size, window_length=window_length)
+    plan = make_plan(placed, context_parallel_rank)
+    whole = {
+        "tokens": np.concatenate([window.tokens for window in windows]),
+        "labels": np.concatenate([window.labels for window in windows]),
+        "loss_mask": np.concatenate([window.loss_mask for window in windows]),
+        "positions": positions(mode, cu_seqlens, window_length=window_length),
+        "anchors": np.zeros(cu_seqlens[-1], dtype=bool),
+    }
+    whole["anchors"][cu_seqlens[:-1]] = True
+    arrays = {name: array[plan.token_index] for name, array in whole.items()} | plan_arrays(plan)
+    return PlannedBatch(PackedArrays.pack(arrays), plan, _stats(windows, spans, balance(placed), plan))
+
+
+def _joined_cu_seqlens(windows: Sequence[Window]) -> np.ndarray:
+    """Document borders of windows laid one after another."""
+    offsets = np.cumsum([0] + [window.tokens.size for window in windows])
+    parts = [window.cu_seqlens[:-1] + offset for window, offset in zip(windows, offsets, strict=False)]
+    return np.concatenate([*parts, offsets[-1:]]).astype(np.int64)
+
+
+def _stats(windows: Sequence[Window], spans: np.ndarray, balance_: float, plan: Plan) -> BatchStats:
+    padding = sum(window.padding_tokens for window in windows)
+    documents = sum(int((window.document_ids >= 0).sum()) for window in windows)
+    lengths = np.diff(spans)
+    return BatchStats(
+        tokens=sum(window.tokens.size for window in windows) - padding - documents,
+        documents=documents,
+        padding=padding,
+        area=int((lengths * (lengths + 1) // 2).sum()),
+        balance=balance_,
+        received_tokens=sum(plan.recv_counts),
+    )

@@ -1,0 +1,94 @@
+"""Batches of one rank, in order, from any step on. Workers pack and plan ahead of the training loop.
+
+Micro-batch m of step s is a function of the configuration and (s, m) alone, so a loader that starts at step 500 gives what
+one that started at 0 gives there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from megatron.core import parallel_state
+from torch.utils.data import DataLoader, Dataset
+
+from anchor_megatron.config import Config
+from anchor_megatron.data.documents import Documents
+from anchor_megatron.data.packing import WindowDataset
+from anchor_megatron.data.sampler import window_indices
+from anchor_megatron.training.batch import PlannedBatch, plan_batch
+
+__all__ = ["BatchDataset", "batches", "micro_batches_per_step", "open_windows"]
+
+
+def open_windows(config: Config) -> WindowDataset:
+    """The training windows of `config.data`; ValueError naming the file or field that does not fit the model."""
+    data = config.data
+    documents = Documents(data.train, vocab_size=config.model.vocab_size)
+    anchor = data.anchor_token if data.anchor_token is not None else documents.anchor_token
+    if anchor is None:
+        raise ValueError(f"data.anchor_token: got null, and {data.train}.json names none; expected a token id")
+    return WindowDataset(
+        documents,
+        seq_length=data.seq_length,
+        anchor_token=anchor,
+        seed=config.train.seed,
+        vocab_size=config.model.vocab_size,
+        anchor_loss=data.anchor_loss,
+    )
+
+
+def micro_batches_per_step(config: Config) -> int:
+    """Micro-batches that each model replica runs in one optimizer step."""
+    replicas = parallel_state.get_data_parallel_world_size()
+    return config.train.global_batch_size // (config.train.micro_batch_size * replicas)
+
+
+class BatchDataset(Dataset):
+    """This rank's micro-batches; item i is micro-batch i % m of step i // m, m micro-batches a step."""
+
+    def __init__(self, config: Config, windows: WindowDataset) -> None:
+        self.config, self.windows = config, windows
+        self.micro_batches = micro_batches_per_step(config)
+        self.data_parallel = dict(
+            data_parallel_rank=parallel_state.get_data_parallel_rank(),
+            data_parallel_size=parallel_state.get_data_parallel_world_size(),
+        )
+        self.context_parallel = dict(
+            context_parallel_rank=parallel_state.get_context_parallel_rank(),
+            context_parallel_size=parallel_state.get_context_parallel_world_size(),
+        )
+
+    def __len__(self) -> int:
+        return self.config.train.steps * self.micro_batches
+
+    def __getitem__(self, item: int) -> PlannedBatch:
+        step, micro_batch = divmod(item, self.micro_batches)
+        indices = window_indices(
+            step,
+            micro_batch,
+            micro_batch_size=self.config.train.micro_batch_size,
+            global_batch_size=self.config.train.global_batch_size,
+            **self.data_parallel,
+        )
+        return plan_batch(
+            [self.windows[int(n)] for n in indices],
+            mode=self.config.data.mode,
+            placement=self.config.attention.placement,
+            **self.context_parallel,
+        )
+
+
+def batches(config: Config, windows: WindowDataset, *, first_step: int, pin_memory: bool) -> Iterator[PlannedBatch]:
+    """This rank's batches from `first_step` to the end of the run, planned ahead by `data.num_workers` processes."""
+    dataset = BatchDataset(config, windows)
+    workers = config.data.num_workers
+    return iter(
+        DataLoader(
+            dataset,
+            batch_size=None,
+            sampler=range(first_step * dataset.micro_batches, len(dataset)),
+            num_workers=workers,
+            prefetch_factor=4 if workers else None,
+            pin_memory=pin_memory,
+        )
+    )

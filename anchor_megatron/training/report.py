@@ -1,0 +1,168 @@
+"""What a run says of itself: one line a report on the console, the same figures to JSONL, TensorBoard and W&B.
+
+Every rank adds its share to one small all-reduce; the first rank writes.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+
+from anchor_megatron.config import Config
+from anchor_megatron.training.flops import peak_tflops, step_flops
+from anchor_megatron.training.setup import rank_device
+from anchor_megatron.training.step import StepResult
+
+__all__ = ["Reporter", "global_sums"]
+
+_log = logging.getLogger(__name__)
+
+
+class Reporter:
+    """Collects steps and reports every `log.interval` of them. All ranks call `step` together."""
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+        self.peak = peak_tflops(config.log.peak_tflops)
+        self.pending: list[StepResult] = []
+        self.started = time.perf_counter()
+        self.sinks = _sinks(config) if dist.get_rank() == 0 else []
+
+    def step(self, step: int, result: StepResult, *, learning_rate: float) -> dict[str, Any] | None:
+        """Takes in step `step` (1 is the first). On a reporting step returns the figures since the last report."""
+        self.pending.append(result)
+        if step % self.config.log.interval and step not in (self.config.train.steps, self.config.train.stop_after):
+            return None
+        sums = global_sums(self.pending)
+        now = time.perf_counter()
+        figures = self._figures(step, sums, seconds=now - self.started) | {"learning_rate": learning_rate}
+        self.started, self.pending = now, []
+        for sink in self.sinks:
+            sink(figures)
+        return figures
+
+    def close(self) -> None:
+        """Flushes and closes what reports are written to."""
+        for sink in self.sinks:
+            getattr(sink, "close", lambda: None)()
+
+    def _figures(self, step: int, sums: dict[str, float], *, seconds: float) -> dict[str, Any]:
+        steps, config = len(self.pending), self.config
+        rows = config.data.seq_length * config.train.global_batch_size * steps
+        flops = step_flops(config.model, tokens=rows, area=int(sums["area"]))
+        tflops = flops / seconds / dist.get_world_size() / 1e12
+        micro_batches = sums["micro_batches"]
+        return {
+            "step": step,
+            "loss": sums["loss"] / max(sums["loss_tokens"], 1.0),
+            "grad_norm": self.pending[-1].grad_norm,
+            "seconds_per_step": seconds / steps,
+            "tokens_per_second": sums["tokens"] / seconds,
+            "tflops_per_rank": tflops,
+            "mfu": None if self.peak is None else tflops / self.peak,
+            "loss_tokens": int(sums["loss_tokens"]),
+            "tokens": int(sums["tokens"]),
+            "documents": int(sums["documents"]),
+            "padding_tokens": int(sums["padding"]),
+            "balance": sums["balance"] / micro_batches,
+            "received_tokens_per_rank": sums["received"] / micro_batches / parallel_state.get_context_parallel_world_size(),
+            "skipped_steps": sum(not result.updated for result in self.pending),
+        }  # fmt: skip
+
+
+def global_sums(results: list[StepResult]) -> dict[str, float]:
+    """Loss and batch figures summed over all ranks, each counted once (one all-reduce over the world)."""
+    first_replica = (
+        parallel_state.get_tensor_model_parallel_rank() == 0 and parallel_state.is_pipeline_last_stage()
+    )
+    whole = first_replica and parallel_state.get_context_parallel_rank() == 0
+    stats = [one for result in results for one in result.stats]
+    shared = {
+        "tokens": sum(one.tokens for one in stats),
+        "documents": sum(one.documents for one in stats),
+        "padding": sum(one.padding for one in stats),
+        "area": sum(one.area for one in stats),
+        "balance": sum(one.balance for one in stats),
+        "micro_batches": len(stats),
+    }
+    own = {"received": sum(one.received_tokens for one in stats)}
+    counted = torch.tensor(
+        [*(value * whole for value in shared.values()), *(value * first_replica for value in own.values())],
+        dtype=torch.float64,
+    )
+    loss = torch.stack([result.loss for result in results]).sum(dim=0).double() * first_replica
+    total = torch.cat((counted.to(rank_device()), loss))
+    dist.all_reduce(total)
+    return dict(zip([*shared, *own, "loss", "loss_tokens"], total.tolist(), strict=True))
+
+
+def _sinks(config: Config) -> list[Any]:
+    sinks: list[Any] = [_console]
+    if config.log.jsonl:
+        sinks.append(_JsonLines(Path(config.log.jsonl)))
+    if config.log.tensorboard:
+        sinks.append(_TensorBoard(config.log.tensorboard))
+    if config.log.wandb_project:
+        sinks.append(_WeightsAndBiases(config))
+    return sinks
+
+
+def _console(figures: dict[str, Any]) -> None:
+    mfu = "" if figures["mfu"] is None else f" ({figures['mfu']:.1%} MFU)"
+    print(
+        f"step {figures['step']:>6}  loss {figures['loss']:.4f}  grad norm {figures['grad_norm']:.3f}  "
+        f"lr {figures['learning_rate']:.2e}  {figures['seconds_per_step']:.3f} s  "
+        f"{figures['tokens_per_second']:,.0f} tokens/s  {figures['tflops_per_rank']:.3g} TFLOP/s a rank{mfu}  "
+        f"{figures['documents']} documents  balance {figures['balance']:.2f}",
+        flush=True,
+    )
+
+
+class _JsonLines:
+    def __init__(self, path: Path) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self.file = path.open("a")
+
+    def __call__(self, figures: dict[str, Any]) -> None:
+        self.file.write(json.dumps(figures) + "\n")
+        self.file.flush()
+
+    def close(self) -> None:
+        self.file.close()
+
+
+class _TensorBoard:
+    def __init__(self, folder: str) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self.writer = SummaryWriter(folder)
+
+    def __call__(self, figures: dict[str, Any]) -> None:
+        for name, value in figures.items():
+            if name != "step" and value is not None:
+                self.writer.add_scalar(name, value, figures["step"])
+
+    def close(self) -> None:
+        self.writer.close()
+
+
+class _WeightsAndBiases:
+    def __init__(self, config: Config) -> None:
+        try:
+            import wandb
+        except ImportError as error:
+            raise ValueError("log.wandb_project: given, but the wandb package is not installed") from error
+        self.run = wandb.init(project=config.log.wandb_project)
+
+    def __call__(self, figures: dict[str, Any]) -> None:
+        self.run.log(figures, step=figures["step"])
+
+    def close(self) -> None:
+        self.run.finish()

@@ -1,0 +1,54 @@
+"""Brings the ranks up: device, process groups, seeds."""
+
+from __future__ import annotations
+
+import datetime
+import os
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state, tensor_parallel
+
+from anchor_megatron.config import Config, data_parallel_size
+
+__all__ = ["initialize_ranks", "rank_device"]
+
+
+def rank_device() -> torch.device:
+    """This rank's GPU, or the CPU where there is none."""
+    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def initialize_ranks(config: Config) -> None:
+    """Joins the process group that `torchrun` describes (a lone process is a group of one) and divides its ranks.
+
+    ValueError where the number of ranks does not fit the configuration.
+    """
+    if not dist.is_initialized():
+        world_size = int(os.environ.get("WORLD_SIZE", "1"))
+        data_parallel_size(config, world_size)
+        _join(config, world_size)
+    data_parallel_size(config, dist.get_world_size())
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=config.parallel.tensor,
+        pipeline_model_parallel_size=config.parallel.pipeline,
+        context_parallel_size=config.parallel.context,
+        expert_model_parallel_size=config.parallel.expert,
+    )
+    # every pipeline stage its own weights; tensor- and context-parallel ranks share the seed
+    seed = config.train.seed + 100 * parallel_state.get_pipeline_model_parallel_rank()
+    torch.manual_seed(seed)
+    tensor_parallel.model_parallel_cuda_manual_seed(seed)
+
+
+def _join(config: Config, world_size: int) -> None:
+    on_gpu = torch.cuda.is_available()
+    if on_gpu:
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    timeout = datetime.timedelta(minutes=config.train.distributed_timeout_minutes)
+    if "RANK" in os.environ:
+        device = rank_device() if on_gpu else None
+        dist.init_process_group("nccl" if on_gpu else "gloo", timeout=timeout, device_id=device)
+    else:
+        store = dist.HashStore()
+        dist.init_process_group("nccl" if on_gpu else "gloo", store=store, rank=0, world_size=1, timeout=timeout)
