@@ -84,7 +84,7 @@ class _PlannedAttention(torch.autograd.Function):
         plan, kernel, scale = ctx.plan, ctx.kernel, ctx.scale
         n = plan.local_tokens
         dout = grads[0].contiguous()
-        dq = torch.empty_like(q)
+        dq, dk, dv = (x.new_empty(x.shape) for x in (q, k, v))
         # rows: keys and values of this rank's tokens, then of the received ones; sums are kept in at least fp32
         drows = torch.zeros(
             (k.shape[0] + plan.received_tokens, 2, *k.shape[1:]),
@@ -93,20 +93,20 @@ class _PlannedAttention(torch.autograd.Function):
         )
         if n < q.shape[0]:
             keys, values = _gather(k, v, received, plan)
-            dq[n:], dkeys, dvalues = kernel.backward(
-                dout[n:], q[n:], keys, values, out[n:], lse_waiting, _waiting(plan), scale=scale
-            )
-            drows.index_add_(0, plan.key_index, torch.stack((dkeys, dvalues), dim=1).to(drows.dtype))
+            into = (dq[n:], torch.empty_like(keys), torch.empty_like(values))
+            tensors = (dout[n:], q[n:], keys, values, out[n:], lse_waiting)
+            kernel.backward(*tensors, _waiting(plan), scale=scale, into=into)
+            drows.index_add_(0, plan.key_index, torch.stack(into[1:], dim=1).to(drows.dtype))
         flight = _start_adjoint(drows[k.shape[0] :], k.dtype, plan, ctx.group)
         if n:
-            dq[:n], dk, dv = kernel.backward(
-                dout[:n], q[:n], k[:n], v[:n], out[:n], lse_local, _local(plan), scale=scale
-            )
-            drows[:n, 0] += dk
-            drows[:n, 1] += dv
+            tensors = (dout[:n], q[:n], k[:n], v[:n], out[:n], lse_local)
+            kernel.backward(*tensors, _local(plan), scale=scale, into=(dq[:n], dk[:n], dv[:n]))
+            drows[:n, 0] += dk[:n]
+            drows[:n, 1] += dv[:n]
         if flight is not None:
             drows.index_add_(0, plan.send_index, flight.finish().to(drows.dtype))
-        dk, dv = drows[: k.shape[0]].to(k.dtype).unbind(dim=1)
+        dk.copy_(drows[: k.shape[0], 0])
+        dv.copy_(drows[: k.shape[0], 1])
         return dq, dk, dv, None, None, None, None
 
 

@@ -8,7 +8,8 @@ query all of them, each earlier query one fewer. Three queries against five keys
     query 2: k0 k1 k2 k3 k4
 
 A kernel is a pair of functions. `forward` returns the output and the natural logarithm of the softmax's denominator
-(log-sum-exp of the scaled scores); `backward` takes both again.
+(log-sum-exp of the scaled scores); `backward` takes both again. Results are written where the caller wants them: a
+plan's local and waiting pieces are slices of one tensor, and nothing is copied to bring them together.
 
 Legend: T query rows, K key rows, N query heads, G key/value heads, H head dim.
 """
@@ -56,8 +57,9 @@ class Kernel(Protocol):
         segments: Segments,
         *,
         scale: float,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """The gradients (dq [T, N, H], dk [K, G, H], dv [K, G, H]) in the inputs' dtype."""
+        into: tuple[Tensor, Tensor, Tensor],
+    ) -> None:
+        """Writes dq [T, N, H], dk [K, G, H] and dv [K, G, H] (the inputs' dtype) into the tensors `into`."""
         ...
 
 
@@ -93,9 +95,9 @@ class TorchCpuKernel:
         segments: Segments,
         *,
         scale: float,
-    ) -> tuple[Tensor, Tensor, Tensor]:
+        into: tuple[Tensor, Tensor, Tensor],
+    ) -> None:
         """See `Kernel.backward`."""
-        grads = torch.empty_like(q_TNH), torch.empty_like(k_KGH), torch.empty_like(v_KGH)
         for rows, keys in _documents(segments):
             query, key, value = _heads_first(q_TNH[rows], k_KGH[keys], v_KGH[keys])
             causal, mask = _mask(query, key)
@@ -103,9 +105,8 @@ class TorchCpuKernel:
             found = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
                 dout, query, key, value, out, lse_NT[None, :, rows], 0.0, causal, attn_mask=mask, scale=scale
             )
-            for grad, where, one in zip(grads, (rows, keys, keys), found, strict=True):
+            for grad, where, one in zip(into, (rows, keys, keys), found, strict=True):
                 grad[where] = one[0].transpose(0, 1)
-        return grads
 
 
 def choose_kernel(name: str, device: torch.device) -> Kernel:

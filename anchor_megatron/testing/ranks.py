@@ -56,16 +56,16 @@ def run_ranks(world_size: int, fn: Callable[..., Any], *args: Any, timeout: floa
     global _pool
     if world_size < 1:
         raise ValueError(f"world_size: got {world_size}, expected at least 1")
+    job = pickle.dumps((fn, args))
     if _pool is not None and not _pool.alive():
         close_ranks()
     if _pool is None:
         _pool = _RankPool()
     try:
-        return _pool.run(world_size, pickle.dumps((fn, args)), timeout)
-    except BaseException as error:
-        if not (isinstance(error, RankError) and _pool.idle):
+        return _pool.run(world_size, job, timeout)
+    finally:
+        if not _pool.idle:
             close_ranks()
-        raise
 
 
 def close_ranks() -> None:
@@ -88,7 +88,7 @@ class _RankPool:
     def __init__(self) -> None:
         self.ranks: list[_Rank] = []
         self.runs = 0
-        self.idle = True  # every rank has answered its last job
+        self.idle = True  # every rank lives and has answered its last job
         self.folder = tempfile.TemporaryDirectory(prefix="ranks-")
         self.store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
 

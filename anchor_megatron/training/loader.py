@@ -16,8 +16,9 @@ from anchor_megatron.data.documents import Documents
 from anchor_megatron.data.packing import WindowDataset
 from anchor_megatron.data.sampler import window_indices
 from anchor_megatron.training.batch import PlannedBatch, plan_batch
+from anchor_megatron.training.setup import micro_batches_per_step
 
-__all__ = ["BatchDataset", "batches", "micro_batches_per_step", "open_windows"]
+__all__ = ["BatchDataset", "batches", "open_windows"]
 
 
 def open_windows(config: Config) -> WindowDataset:
@@ -35,12 +36,6 @@ def open_windows(config: Config) -> WindowDataset:
         vocab_size=config.model.vocab_size,
         anchor_loss=data.anchor_loss,
     )
-
-
-def micro_batches_per_step(config: Config) -> int:
-    """Micro-batches that each model replica runs in one optimizer step."""
-    replicas = parallel_state.get_data_parallel_world_size()
-    return config.train.global_batch_size // (config.train.micro_batch_size * replicas)
 
 
 class BatchDataset(Dataset):

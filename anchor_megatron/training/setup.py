@@ -11,7 +11,7 @@ from megatron.core import parallel_state, tensor_parallel
 
 from anchor_megatron.config import Config, data_parallel_size
 
-__all__ = ["initialize_ranks", "rank_device"]
+__all__ = ["initialize_ranks", "micro_batches_per_step", "rank_device"]
 
 
 def rank_device() -> torch.device:
@@ -39,6 +39,12 @@ def initialize_ranks(config: Config) -> None:
     seed = config.train.seed + 100 * parallel_state.get_pipeline_model_parallel_rank()
     torch.manual_seed(seed)
     tensor_parallel.model_parallel_cuda_manual_seed(seed)
+
+
+def micro_batches_per_step(config: Config) -> int:
+    """Micro-batches that each model replica runs in one optimizer step."""
+    replicas = parallel_state.get_data_parallel_world_size()
+    return config.train.global_batch_size // (config.train.micro_batch_size * replicas)
 
 
 def _join(config: Config, world_size: int) -> None:

@@ -31,9 +31,8 @@ from anchor_megatron.model.builder import build_model
 from anchor_megatron.model.core_attention import PlannedSeqParams
 from anchor_megatron.model.gpt import AnchorGPT
 from anchor_megatron.training.batch import BatchStats, PlannedBatch
-from anchor_megatron.training.loader import micro_batches_per_step
 from anchor_megatron.training.optimizer import build_optimizer, build_scheduler
-from anchor_megatron.training.setup import rank_device
+from anchor_megatron.training.setup import micro_batches_per_step, rank_device
 
 __all__ = ["StepResult", "Trainee", "build_trainee", "forward_backward", "train_step"]
 
