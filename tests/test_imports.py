@@ -27,7 +27,7 @@ def imported_modules(source: str, package: str) -> set[str]:
 
 
 def part_of(module: str) -> str | None:
-    """The entry of ORDER that a module of ours belongs to; None for other people's and for the bare package."""
+    """The entry of ORDER that a module of ours belongs to; None for others' and for the bare package."""
     words = module.split(".")
     if words[0] != "anchor_megatron" or len(words) == 1 or words[1].startswith("__"):
         return None
@@ -44,7 +44,9 @@ def test_imported_modules_reads_every_form() -> None:
 
 
 def test_the_order_names_every_part_of_the_package() -> None:
-    parts = {file.relative_to(ROOT / "anchor_megatron").parts[0].removesuffix(".py") for file in PACKAGE_FILES}
+    parts = {
+        file.relative_to(ROOT / "anchor_megatron").parts[0].removesuffix(".py") for file in PACKAGE_FILES
+    }
     assert parts - {"__init__"} <= set(ORDER), "a new part of anchor_megatron needs its place in ORDER"
 
 
@@ -67,5 +69,9 @@ def test_scripts_do_not_import_testing(file: Path) -> None:
 def test_layout_knows_no_process_group() -> None:
     for file in (ROOT / "anchor_megatron" / "layout").rglob("*.py"):
         assert not [name for name in imports_of(file) if name.startswith("torch.distributed")], file
-        uses = [ast.unparse(node) for node in ast.walk(ast.parse(file.read_text())) if isinstance(node, ast.Attribute)]
+        uses = [
+            ast.unparse(node)
+            for node in ast.walk(ast.parse(file.read_text()))
+            if isinstance(node, ast.Attribute)
+        ]
         assert not [use for use in uses if use.startswith("torch.distributed")], file

@@ -1,10 +1,15 @@
-"""The harness of the distributed tests: runs are apart from each other, and no failure goes unexplained or hangs."""
+"""The harness of the distributed tests: runs are apart, and no failure hangs or goes unexplained."""
 
 import os
 import pickle
 import re
+import signal
+import subprocess
+import sys
 import time
+from pathlib import Path
 
+import psutil
 import pytest
 import torch
 import torch.distributed as dist
@@ -52,6 +57,10 @@ def fail_on(rank: int, world_size: int, failing: list[int], wait_for_peers: bool
         dist.barrier()
 
 
+def start_process(rank: int, world_size: int) -> int:
+    return subprocess.Popen(["sleep", "60"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL).pid
+
+
 def sleep_on(rank: int, world_size: int, sleeping: int) -> None:
     if rank == sleeping:
         time.sleep(60)
@@ -66,7 +75,9 @@ def die_on(rank: int, world_size: int, dying: int) -> None:
 def test_results_come_back_in_order_of_rank_from_any_world_size() -> None:
     for world_size in (1, 3, 2, 4):
         expected = 10 * sum(range(world_size))
-        assert [(int(x), n) for x, n in run_ranks(world_size, total, 10)] == [(expected, world_size)] * world_size
+        assert [(int(x), n) for x, n in run_ranks(world_size, total, 10)] == [
+            (expected, world_size)
+        ] * world_size
 
 
 def test_processes_are_kept_from_run_to_run() -> None:
@@ -130,10 +141,40 @@ def test_what_cannot_travel_is_refused() -> None:
         run_ranks(0, process)
 
 
-def test_closing_ends_the_processes() -> None:
-    pids = run_ranks(2, process)
+def test_closing_ends_the_ranks_and_what_they_started() -> None:
+    pids = [*run_ranks(2, process), *run_ranks(2, start_process)]
     close_ranks()
-    for pid in pids:
-        with pytest.raises(ProcessLookupError):
-            os.kill(pid, 0)
+    assert ended(pids)
     assert len(run_ranks(1, process)) == 1
+
+
+def test_ranks_end_with_a_caller_that_was_killed() -> None:
+    paths = os.pathsep.join([str(Path(__file__).parent), *sys.path])
+    environment = {**os.environ, "PYTHONPATH": paths}
+    caller = subprocess.run([sys.executable, "-c", CALLER], env=environment, stdout=subprocess.PIPE)
+    assert caller.returncode == -signal.SIGKILL
+    assert ended([int(pid) for pid in caller.stdout.split()])
+
+
+CALLER = """
+import os, signal, test_ranks
+print(*test_ranks.run_ranks(2, test_ranks.process), flush=True)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def ended(pids: list[int]) -> bool:
+    """True once none of the processes runs; False if one still does after 10 s."""
+    deadline = time.monotonic() + 10
+    while any(is_running(pid) for pid in pids):
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.05)
+    return True
+
+
+def is_running(pid: int) -> bool:
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False

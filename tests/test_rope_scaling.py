@@ -88,7 +88,7 @@ def test_frequencies_equal_transformers_functions(name: str, head_dim: int, base
 
 @pytest.mark.parametrize("name", SCALINGS)
 def test_tables_equal_transformers_modules(name: str) -> None:
-    """cos and sin at far positions. An fp32 angle a is rounded to eps * a, which is what may separate the tables."""
+    """cos and sin at far positions. An fp32 angle a is rounded to eps * a, which may separate the tables."""
     head_dim, base = 64, 5e5
     module = LlamaRotaryEmbedding(theirs(name, head_dim, base))
     positions = torch.tensor(POSITIONS)
@@ -99,7 +99,7 @@ def test_tables_equal_transformers_modules(name: str) -> None:
     bound = factor * EPSILON * (4 + 2 * 4 * math.log(base) * size)
     for expected, found in ((cos[0], angles.cos()), (sin[0], angles.sin())):
         assert ((found.double() * factor - expected.double()).abs() <= bound).all()
-    # the bound must bite where it can: the smallest angles at the farthest position are known to a part in 1e4
+    # the bound must bite where it can: the smallest angles at the farthest position are known to 1e-4
     assert bound[-1].min() < 1e-4
 
 
@@ -118,7 +118,11 @@ def test_a_tiny_table_by_hand() -> None:
 def test_old_and_new_style_dictionaries_mean_the_same(name: str) -> None:
     common = dict(head_dim=32, rotary_base=1e4, max_position_embeddings=LONGEST, seq_length=None)
     new, factor = inverse_frequencies(rope_scaling=named(name), **common)
-    for given in (named(name, "type"), named(name) | {"type": name.split(",")[0]}, named(name) | {"rope_theta": 1e4}):
+    for given in (
+        named(name, "type"),
+        named(name) | {"type": name.split(",")[0]},
+        named(name) | {"rope_theta": 1e4},
+    ):
         found, found_factor = inverse_frequencies(rope_scaling=given, **common)
         assert (found == new).all() and found_factor == factor
 
@@ -133,7 +137,10 @@ BAD = [
     ({"rope_type": "linear", "factor": 2.0, "rope_theta": 5.0}, "rope_scaling.rope_theta"),
     ({"rope_type": "linear", "factor": 2.0, "partial_rotary_factor": 0.5}, "partial_rotary_factor"),
     ({"rope_type": "yarn", "factor": 2.0}, "rope_scaling.original_max_position_embeddings"),
-    ({"rope_type": "llama3", "factor": 8.0, "original_max_position_embeddings": 8192}, "rope_scaling.low_freq_factor"),
+    (
+        {"rope_type": "llama3", "factor": 8.0, "original_max_position_embeddings": 8192},
+        "rope_scaling.low_freq_factor",
+    ),
     (
         {
             "rope_type": "llama3",

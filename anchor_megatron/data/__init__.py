@@ -1,0 +1,1 @@
+"""Text on disk to packed windows: preprocessing, Megatron's indexed files, packing, who reads which window."""

@@ -1,15 +1,15 @@
-"""Inverse frequencies of the rotary embedding, plain or stretched, from a Hugging Face `rope_scaling` dictionary.
+"""Inverse frequencies of the rotary embedding, plain or stretched, from Hugging Face's `rope_scaling` dictionary.
 
-    inverse_frequencies(head_dim=4, rotary_base=100.0, rope_scaling=None, ...)             -> [1, 1/10],  1.0
-    inverse_frequencies(..., rope_scaling={"rope_type": "linear", "factor": 2.0}, ...)     -> [1/2, 1/20], 1.0
+    inverse_frequencies(head_dim=4, rotary_base=100.0, rope_scaling=None, ...)           -> [1, 1/10],  1.0
+    inverse_frequencies(..., rope_scaling={"rope_type": "linear", "factor": 2.0}, ...)   -> [1/2, 1/20], 1.0
 
-The angle of a token at position p in pair i is p * frequency[i]. Every constant comes from the dictionary; only what
-Hugging Face documents as optional (YaRN's betas, `truncate`, `attention_factor`) may be left out. The kind is named by
-`rope_type`, or by `type` in older files; `rope_theta` may stand in the dictionary (transformers 5's `rope_parameters`)
-but then it must be the `rotary_base` given. All in fp64: transformers does the same sums in fp32.
+The angle of a token at position p in pair i is p * frequency[i]. Every constant comes from the dictionary; only
+what Hugging Face documents as optional (YaRN's betas, `truncate`, `attention_factor`) may be left out. The kind is
+named by `rope_type`, or by `type` in older files; `rope_theta` may stand in the dictionary (transformers 5's
+`rope_parameters`) but then it must be the `rotary_base` given. All in fp64: transformers does the sums in fp32.
 
-Sources: transformers' `modeling_rope_utils.py`; linear: kaiokendev; dynamic: NTK-aware scaling of bloc97 and emozilla;
-yarn: arXiv 2309.00071; llama3: the Llama 3.1 reference code.
+Sources: transformers' `modeling_rope_utils.py`; linear: kaiokendev; dynamic: NTK-aware scaling of bloc97 and
+emozilla; yarn: arXiv 2309.00071; llama3: the Llama 3.1 reference code.
 
 Legend: H head dim.
 """
@@ -19,7 +19,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Optional
+from typing import Any
 
 import numpy as np
 
@@ -33,19 +33,23 @@ class _Rope:
     head_dim: int
     rotary_base: float
     constants: Mapping[str, Any]
-    max_position_embeddings: Optional[int]
-    seq_length: Optional[int]
+    max_position_embeddings: int | None
+    seq_length: int | None
 
     def plain(self, base: float | None = None) -> np.ndarray:
         """base ** (-2i / H) for i in [0, H/2), fp64."""
-        return (base or self.rotary_base) ** (-np.arange(0, self.head_dim, 2, dtype=np.float64) / self.head_dim)
+        return (base or self.rotary_base) ** (
+            -np.arange(0, self.head_dim, 2, dtype=np.float64) / self.head_dim
+        )
 
     def number(self, key: str, default: float | None = None) -> float:
         """The constant `key`; where it is absent or null, `default`, or a ValueError if there is none."""
         value = self.constants.get(key)
         if value is None:
             if default is None:
-                raise ValueError(f"rope_scaling.{key}: got nothing, expected a number for {rope_type(self.constants)!r}")
+                raise ValueError(
+                    f"rope_scaling.{key}: got nothing, expected a number for {rope_type(self.constants)!r}"
+                )
             return default
         if isinstance(value, bool) or not isinstance(value, (int, float)) or value < 0:
             raise ValueError(f"rope_scaling.{key}: got {value!r}, expected a number of at least 0")
@@ -65,9 +69,9 @@ def inverse_frequencies(
 ) -> _Scaled:
     """Radians a token for each pair of the head, fp64 [H/2], and YaRN's attention factor (1.0 for the other kinds).
 
-    The attention factor multiplies queries and keys alike, so scores carry its square. `max_position_embeddings` and
-    `seq_length` (the longest sequence met) matter to `dynamic` only. Raises ValueError naming the field for an odd
-    head_dim, an unknown kind, and a constant that is missing, of no use to the kind, or out of range.
+    The attention factor multiplies queries and keys alike, so scores carry its square. `seq_length` (the longest
+    sequence met) and `max_position_embeddings` matter to `dynamic` only. Raises ValueError naming the field for an
+    odd head_dim, an unknown kind, and a constant that is missing, of no use to the kind, or out of range.
     """
     if head_dim < 2 or head_dim % 2:
         raise ValueError(f"head_dim: got {head_dim}, expected a positive even number")
@@ -78,16 +82,22 @@ def inverse_frequencies(
     scale, known = _KINDS[kind]
     for key in constants:
         if key not in known | _COMMON_KEYS:
-            raise ValueError(f"rope_scaling.{key}: got {constants[key]!r}, expected no such field for {kind!r}")
+            raise ValueError(
+                f"rope_scaling.{key}: got {constants[key]!r}, expected no such field for {kind!r}"
+            )
     _check_common(constants, rotary_base)
     return scale(_Rope(head_dim, float(rotary_base), constants, max_position_embeddings, seq_length))
 
 
 def rope_type(rope_scaling: Mapping[str, Any] | None) -> str:
     """The kind a dictionary names, in the new or the old style; "default" where it names none."""
-    given = {str(rope_scaling[key]) for key in ("rope_type", "type") if rope_scaling and rope_scaling.get(key)}
+    given = {
+        str(rope_scaling[key]) for key in ("rope_type", "type") if rope_scaling and rope_scaling.get(key)
+    }
     if len(given) > 1:
-        raise ValueError(f"rope_scaling: got rope_type and type {' and '.join(sorted(given))}, expected one kind")
+        raise ValueError(
+            f"rope_scaling: got rope_type and type {' and '.join(sorted(given))}, expected one kind"
+        )
     kind = given.pop() if given else "default"
     if kind not in _KINDS:
         raise ValueError(f"rope_scaling.rope_type: got {kind!r}, expected one of {', '.join(_KINDS)}")
@@ -99,7 +109,9 @@ def _check_common(constants: Mapping[str, Any], rotary_base: float) -> None:
     if theta is not None and float(theta) != float(rotary_base):
         raise ValueError(f"rope_scaling.rope_theta: got {theta}, expected rotary_base = {rotary_base}")
     if partial is not None and partial != 1:
-        raise ValueError(f"rope_scaling.partial_rotary_factor: got {partial}, expected 1 (the whole head is rotated)")
+        raise ValueError(
+            f"rope_scaling.partial_rotary_factor: got {partial}, expected 1 (the whole head is rotated)"
+        )
 
 
 def _default(rope: _Rope) -> _Scaled:
@@ -114,7 +126,9 @@ def _dynamic(rope: _Rope) -> _Scaled:
     """The base grows with the sequence, once it is longer than the model's maximum."""
     factor, longest = _factor(rope), rope.max_position_embeddings
     if longest is None:
-        raise ValueError("max_position_embeddings: got null, expected the model's own for rope_type 'dynamic'")
+        raise ValueError(
+            "max_position_embeddings: got null, expected the model's own for rope_type 'dynamic'"
+        )
     length = max(rope.seq_length or 0, longest)
     stretch = (factor * length / longest) - (factor - 1)
     exponent = rope.head_dim / (rope.head_dim - 2) if rope.head_dim > 2 else 1.0
@@ -142,7 +156,7 @@ def _pair_that_turns(rope: _Rope, rotations: float, length: float) -> float:
 
 
 def _attention_factor(rope: _Rope, factor: float) -> float:
-    """YaRN's temperature: given, or from the factor (arXiv 2309.00071, eq. 22), with DeepSeek's two multipliers."""
+    """YaRN's temperature: given, or from the factor (arXiv 2309.00071, eq. 22), with DeepSeek's multipliers."""
 
     def temperature(multiplier: float) -> float:
         return 0.1 * multiplier * math.log(factor) + 1.0 if factor > 1 else 1.0
@@ -156,11 +170,13 @@ def _attention_factor(rope: _Rope, factor: float) -> float:
 
 
 def _llama3(rope: _Rope) -> _Scaled:
-    """Wavelengths beyond length/low are divided by the factor, those within length/high kept, between: blended."""
+    """Wavelengths beyond length/low are divided by the factor, within length/high kept, between: blended."""
     factor, length = _factor(rope), rope.number("original_max_position_embeddings")
     low, high = rope.number("low_freq_factor"), rope.number("high_freq_factor")
     if high <= low:
-        raise ValueError(f"rope_scaling.high_freq_factor: got {high}, expected more than low_freq_factor = {low}")
+        raise ValueError(
+            f"rope_scaling.high_freq_factor: got {high}, expected more than low_freq_factor = {low}"
+        )
     plain = rope.plain()
     rotations = length * plain / (2 * math.pi)
     kept = np.clip((rotations - low) / (high - low), 0.0, 1.0)
@@ -175,9 +191,16 @@ def _factor(rope: _Rope) -> float:
 
 
 _COMMON_KEYS = frozenset({"rope_type", "type", "rope_theta", "partial_rotary_factor"})
-_YARN_KEYS = frozenset({"factor", "original_max_position_embeddings", "beta_fast", "beta_slow", "attention_factor",
-                        "mscale", "mscale_all_dim", "truncate"})  # fmt: skip
-_LLAMA3_KEYS = frozenset({"factor", "original_max_position_embeddings", "low_freq_factor", "high_freq_factor"})
+_STRETCH_KEYS = frozenset({"factor", "original_max_position_embeddings"})
+_YARN_KEYS = _STRETCH_KEYS | {
+    "beta_fast",
+    "beta_slow",
+    "attention_factor",
+    "mscale",
+    "mscale_all_dim",
+    "truncate",
+}
+_LLAMA3_KEYS = _STRETCH_KEYS | {"low_freq_factor", "high_freq_factor"}
 _KINDS: dict[str, tuple[Callable[[_Rope], _Scaled], frozenset[str]]] = {
     "default": (_default, frozenset()),
     "linear": (_linear, frozenset({"factor"})),

@@ -43,7 +43,9 @@ def random_window(*, lengths: list[int], vocab_size: int, seed: int) -> Window:
     return Window(tokens, labels, loss_mask, cu_seqlens, documents, np.zeros_like(documents))
 
 
-def batch_of(windows: list[Window], config: Config, *, context_parallel_rank: int) -> tuple[Batch, np.ndarray]:
+def batch_of(
+    windows: list[Window], config: Config, *, context_parallel_rank: int
+) -> tuple[Batch, np.ndarray]:
     """This rank's batch on its device, and the micro-batch token of each of its rows."""
     planned = plan_batch(
         windows,

@@ -1,4 +1,4 @@
-"""Imported where ranks are forked from (see `ranks.py`): readies the process for Megatron-Core, then loads it.
+"""Imported where ranks are forked from (see `ranks.py`): readies the process for Megatron-Core and loads it.
 
 Importing this changes the process: without a GPU it is one where Megatron-Core takes the CPU for its device.
 """

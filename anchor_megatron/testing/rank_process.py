@@ -1,9 +1,9 @@
 """One rank of `ranks.py`: takes jobs from a pipe until its other end closes.
 
-    job ("run7", world_size 2, pickled (fn, args))  ->  fresh process group "run7"  ->  fn(rank, 2, *args)  ->  Answer
+    job ("run7", world_size 2, pickled (fn, args)) -> process group "run7" -> fn(rank, 2, *args) -> Answer
 
-The groups and global state of a run are destroyed when the next job comes, not when the function returns: by then every
-rank has answered, so none loses a peer in the middle of a collective.
+The groups and global state of a run are destroyed when the next job comes, not when the function returns: by
+then every rank has answered, so none loses a peer in the middle of a collective.
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ class Answer(NamedTuple):
 
 def serve(rank: int, pipe: connection.Connection, store_port: int, stacks: str) -> None:
     """The process's main loop. stacks: the file for the threads' stacks, on SIGUSR1 and on a crash."""
+    os.setsid()  # so that all that this rank starts can be killed with it
     with open(stacks, "w") as file:
         faulthandler.enable(file)
         faulthandler.register(signal.SIGUSR1, file)
@@ -77,4 +78,4 @@ def _die_with_caller() -> None:
     caller = parent_process()
     assert caller is not None, "serve() runs in a process that ranks.py started"
     connection.wait([caller.sentinel])
-    os._exit(1)
+    os.killpg(0, signal.SIGKILL)

@@ -8,11 +8,12 @@
     run_ranks(2, total, 10)      -> [tensor([10]), tensor([10])]
     run_ranks(4, total, 10)      -> two processes are added; the first two are the same as before
 
-What makes a run cheap: torch and Megatron-Core are imported once, in a fork server that every rank is forked from (so
-a rank starts in milliseconds and shares its memory), and the default process group is made anew for each run, over
-gloo, from one store that the caller serves (milliseconds again). What keeps runs apart: the process groups and
-Megatron's global state of a run are destroyed before the next one. A rank that raises, dies or hangs is an error in the
-caller that says which rank and where; then the ranks are killed if one of them still hangs.
+What makes a run cheap: torch and Megatron-Core are imported once, in a fork server that every rank is
+forked from (so a rank starts in milliseconds and shares its memory), and the default process group is made
+anew for each run, over gloo, from one store that the caller serves (milliseconds again). What keeps runs
+apart: the process groups and Megatron's global state of a run are destroyed before the next one. A rank
+that raises, dies or hangs is an error in the caller that says which rank and where; if one still hangs
+then, all ranks are killed.
 
 Ranks see no GPU. What a rank does is in `rank_process.py`.
 """
@@ -27,7 +28,7 @@ import signal
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from multiprocessing import connection, forkserver
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
@@ -47,11 +48,11 @@ class RankError(RuntimeError):
 
 
 def run_ranks(world_size: int, fn: Callable[..., Any], *args: Any, timeout: float = 120.0) -> list[Any]:
-    """Runs `fn(rank, world_size, *args)` on every rank of a gloo process group, each rank a process of its own.
+    """Runs `fn(rank, world_size, *args)` on every rank of a gloo process group, each rank its own process.
 
-    world_size: number of ranks, at least 1. fn: a function at the top level of an importable module. args and results
-    travel by pickle. Every run starts with `torch.manual_seed(0)`, FP32 as the default dtype and one thread.
-    timeout: seconds, for all ranks together. Returns the results in order of rank. Raises RankError.
+    world_size: number of ranks, at least 1. fn: a function at the top level of an importable module. args and
+    results travel by pickle. Every run starts with `torch.manual_seed(0)`, FP32 as the default dtype and one
+    thread. timeout: seconds, for all ranks together. Returns the results in order of rank. Raises RankError.
     """
     global _pool
     if world_size < 1:
@@ -97,8 +98,7 @@ class _RankPool:
 
     def kill(self) -> None:
         for rank in self.ranks:
-            rank.process.kill()
-        for rank in self.ranks:
+            _kill_session(rank.process)
             rank.process.join()
             rank.pipe.close()
         self.folder.cleanup()
@@ -166,8 +166,16 @@ class _RankPool:
         pid = self.ranks[rank].process.pid
         assert pid is not None, f"rank {rank} was never started"
         os.kill(pid, signal.SIGUSR1)
-        time.sleep(0.3)  # faulthandler writes from inside the signal handler; nothing tells us when it is done
+        time.sleep(0.3)  # faulthandler writes in the signal handler; nothing tells us when it has
         return self.ranks[rank].stacks.read_text()
+
+
+def _kill_session(process: ForkServerProcess) -> None:
+    """Kills the rank and all that it started: Megatron's checkpoint writers have a server process each."""
+    process.kill()  # by itself too: one that has only just started leads no session yet
+    assert process.pid is not None, "a rank in the pool was started"
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
 
 
 @contextmanager

@@ -25,15 +25,14 @@ def open_windows(config: Config) -> WindowDataset:
     """The training windows of `config.data`; ValueError naming the file or field that does not fit the model."""
     data = config.data
     documents = Documents(data.train, vocab_size=config.model.vocab_size)
-    anchor = data.anchor_token if data.anchor_token is not None else documents.anchor_token
-    if anchor is None:
-        raise ValueError(f"data.anchor_token: got null, and {data.train}.json names none; expected a token id")
+    anchor = data.anchor_token if data.anchor_token is not None else documents.summary.anchor_token
+    if config.model.vocab_size is not None and anchor >= config.model.vocab_size:
+        raise ValueError(f"data.anchor_token: got {anchor}, expected an id below vocab_size = {config.model.vocab_size}")
     return WindowDataset(
         documents,
         seq_length=data.seq_length,
         anchor_token=anchor,
         seed=config.train.seed,
-        vocab_size=config.model.vocab_size,
         anchor_loss=data.anchor_loss,
     )
 

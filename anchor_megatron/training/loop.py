@@ -56,7 +56,7 @@ def complete(config: Config) -> Config:
     """`config` with what the data set decides: the vocabulary's size where the model leaves it open."""
     if config.model.vocab_size is not None:
         return config
-    vocab_size = Documents(config.data.train).vocab_size
+    vocab_size = Documents(config.data.train).summary.vocab_size
     return dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=vocab_size))
 
 

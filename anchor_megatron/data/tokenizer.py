@@ -1,0 +1,67 @@
+"""Tokenizers: any Hugging Face tokenizer folder, or a byte-level BPE trained on the input where there is none."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any, Optional
+
+__all__ = ["anchor_token_id", "batch_encoder", "load_tokenizer", "train_tokenizer"]
+
+BOS, EOS = "<|bos|>", "<|eos|>"
+
+
+def load_tokenizer(folder: str | Path) -> Any:
+    """transformers' tokenizer in `folder`; ValueError naming the folder where there is none."""
+    from transformers import AutoTokenizer
+
+    if not Path(folder).is_dir():
+        raise ValueError(f"tokenizer {folder}: expected a Hugging Face tokenizer's folder, got none there")
+    try:
+        return AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+    except Exception as error:  # transformers raises many kinds for a folder that holds no tokenizer
+        raise ValueError(f"tokenizer {folder}: transformers cannot open it: {error}") from error
+
+
+def batch_encoder(folder: str | Path) -> Callable[[list[str]], list[list[int]]]:
+    """Texts to token ids without special tokens, by the fast (Rust) tokenizer where the folder has one."""
+    tokenizer = load_tokenizer(folder)
+    if not tokenizer.is_fast:
+        return lambda texts: tokenizer(texts, add_special_tokens=False)["input_ids"]
+    backend = tokenizer.backend_tokenizer
+    backend.no_truncation()
+    backend.no_padding()
+    return lambda texts: [one.ids for one in backend.encode_batch_fast(texts, add_special_tokens=False)]
+
+
+def anchor_token_id(tokenizer: Any, named: Optional[str] = None) -> int:
+    """Id of the anchor: the token `named`, else the tokenizer's BOS, else its EOS; ValueError where there is none."""
+    if named is not None:
+        found = tokenizer.get_vocab().get(named)
+        if found is None:
+            raise ValueError(f"--anchor-token: got {named!r}, expected a token of {tokenizer.name_or_path}")
+        return int(found)
+    for found in (tokenizer.bos_token_id, tokenizer.eos_token_id):
+        if found is not None:
+            return int(found)
+    raise ValueError(f"tokenizer {tokenizer.name_or_path}: has neither BOS nor EOS; name an anchor by --anchor-token")
+
+
+def train_tokenizer(texts: Iterable[str], *, vocab_size: int, folder: Path) -> None:
+    """Trains a byte-level BPE of `vocab_size` entries on `texts` and saves it as a Hugging Face tokenizer folder."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    smallest = len(alphabet) + 2
+    if vocab_size < smallest:
+        raise ValueError(f"--train-tokenizer: got {vocab_size}, expected at least {smallest} (bytes, BOS and EOS)")
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size, special_tokens=[BOS, EOS], initial_alphabet=alphabet, show_progress=False
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    whole = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=BOS, eos_token=EOS)
+    whole.save_pretrained(str(folder))
