@@ -1,6 +1,6 @@
 """Trains with AnchorAttention under torchrun (one process a rank; a lone process is a run of one rank).
 
-    torchrun --nproc-per-node 8 pretrain_anchor.py examples/tiny.yaml parallel.context=8 train.steps=100
+torchrun --nproc-per-node 8 pretrain_anchor.py examples/tiny.yaml parallel.context=8 train.steps=100
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ import inspect
 import textwrap
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any, Optional
+from typing import Any
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -32,7 +32,7 @@ EXCHANGES = ("sparse",)
 class ModelConfig:
     """The transformer's shape. `preset` names a published one (see `presets.py`)."""
 
-    preset: Optional[str] = None
+    preset: str | None = None
     """A named shape, such as llama-3-8b; fields given beside it win."""
     num_layers: int = 2
     """Transformer layers."""
@@ -44,17 +44,17 @@ class ModelConfig:
     """Query heads."""
     num_query_groups: int = 2
     """Key/value heads (grouped-query attention); num_attention_heads for plain multi-head."""
-    kv_channels: Optional[int] = None
+    kv_channels: int | None = None
     """Size of one head; hidden_size / num_attention_heads where null."""
-    vocab_size: Optional[int] = None
+    vocab_size: int | None = None
     """Entries of the vocabulary; the data set's where null. Padded so that tensor parallelism divides it."""
     make_vocab_size_divisible_by: int = 128
     """The embedding is padded to a multiple of this times the tensor-parallel size."""
     rotary_base: float = 10000.0
     """Theta of the rotary embedding. The paper raises it with the context: 1e6, 5e6, 1e7 for 16K, 64K, 128K."""
-    rope_scaling: Optional[dict[str, Any]] = None
+    rope_scaling: dict[str, Any] | None = None
     """Hugging Face's rope_scaling dictionary (rope_type, factor, ...); null for none."""
-    max_position_embeddings: Optional[int] = None
+    max_position_embeddings: int | None = None
     """The longest context the model is meant for; kept for export, data.seq_length where null."""
     layernorm_epsilon: float = 1e-5
     """Epsilon of the RMS norms."""
@@ -66,7 +66,7 @@ class ModelConfig:
     """The output layer shares the embedding's weight."""
     init_std: float = 0.02
     """Standard deviation of the initial weights."""
-    num_experts: Optional[int] = None
+    num_experts: int | None = None
     """Experts of a mixture-of-experts MLP; null for a dense one."""
     moe_topk: int = 2
     """Experts a token is sent to."""
@@ -86,7 +86,7 @@ class DataConfig:
     """Tokens of one window, the documents' anchors included."""
     mode: str = "anchor"
     """Who sees whom, and at which position: full, document, document_reset or anchor."""
-    anchor_token: Optional[int] = None
+    anchor_token: int | None = None
     """Token id that leads every document; the data set's own where null (the tokenizer's BOS, else EOS)."""
     anchor_loss: bool = False
     """Let a document's anchor be trained to predict its first token."""
@@ -152,7 +152,7 @@ class TrainConfig:
 
     steps: int = 100
     """Optimizer steps of the whole run, earlier ones resumed from included."""
-    stop_after: Optional[int] = None
+    stop_after: int | None = None
     """Stop, with a checkpoint, after this step, though the schedule runs on to train.steps."""
     micro_batch_size: int = 1
     """Windows a model replica attends to at once (each with its own anchor)."""
@@ -172,11 +172,11 @@ class TrainConfig:
 class CheckpointConfig:
     """Where the run's state is kept."""
 
-    directory: Optional[str] = None
+    directory: str | None = None
     """Folder of the run's checkpoints; the newest one there is resumed from. null: nothing is saved."""
     save_interval: int = 0
     """Steps between checkpoints; 0: only at the end."""
-    pretrained: Optional[str] = None
+    pretrained: str | None = None
     """A checkpoint whose weights alone start a run that has none of its own yet."""
 
 
@@ -186,13 +186,13 @@ class LogConfig:
 
     interval: int = 1
     """Steps between reports."""
-    jsonl: Optional[str] = None
+    jsonl: str | None = None
     """File to which every report is appended as one JSON line."""
-    tensorboard: Optional[str] = None
+    tensorboard: str | None = None
     """Folder of TensorBoard events."""
-    wandb_project: Optional[str] = None
+    wandb_project: str | None = None
     """Weights & Biases project (needs the wandb package)."""
-    peak_tflops: Optional[float] = None
+    peak_tflops: float | None = None
     """Peak TFLOP/s of one rank, for the model-FLOPs utilisation; known GPUs' and, without a GPU, measured where null."""
 
 
@@ -240,7 +240,9 @@ def _build(given: Any, source: str, *, check: bool = True) -> Config:
         preset = OmegaConf.select(given, "model.preset")
         if preset is not None:
             if preset not in MODEL_PRESETS:
-                raise ValueError(f"model.preset: got {preset!r}, expected one of {', '.join(sorted(MODEL_PRESETS))}")
+                raise ValueError(
+                    f"model.preset: got {preset!r}, expected one of {', '.join(sorted(MODEL_PRESETS))}"
+                )
             given = OmegaConf.merge({"model": MODEL_PRESETS[preset]}, given)
         config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), given))
     except OmegaConfBaseException as error:
@@ -268,24 +270,32 @@ def _check(config: Config) -> None:
             raise ValueError(f"{name}: got {got!r}, expected one of {', '.join(expected)}")
     positive = {
         f"{section.name}.{entry.name}": getattr(getattr(config, section.name), entry.name)
-        for section, names in (
-            (section, _POSITIVE.get(section.name, ())) for section in fields(config)
-        )
+        for section, names in ((section, _POSITIVE.get(section.name, ())) for section in fields(config))
         for entry in fields(getattr(config, section.name))
         if entry.name in names
     }
     for name, got in positive.items():
         if got is not None and got < 1:
             raise ValueError(f"{name}: got {got}, expected at least 1")
-    _divides("model.num_attention_heads", model.num_attention_heads, "model.num_query_groups", model.num_query_groups)
+    _divides(
+        "model.num_attention_heads",
+        model.num_attention_heads,
+        "model.num_query_groups",
+        model.num_query_groups,
+    )
     _divides("model.num_attention_heads", model.num_attention_heads, "parallel.tensor", parallel.tensor)
     if model.kv_channels is None:
-        _divides("model.hidden_size", model.hidden_size, "model.num_attention_heads", model.num_attention_heads)
+        _divides(
+            "model.hidden_size", model.hidden_size, "model.num_attention_heads", model.num_attention_heads
+        )
     _divides("model.num_layers", model.num_layers, "parallel.pipeline", parallel.pipeline)
     _divides("model.ffn_hidden_size", model.ffn_hidden_size, "parallel.tensor", parallel.tensor)
     window = "data.seq_length"
     if config.attention.placement == "document":
-        tokens, window = data.seq_length * config.train.micro_batch_size, "data.seq_length * train.micro_batch_size"
+        tokens, window = (
+            data.seq_length * config.train.micro_batch_size,
+            "data.seq_length * train.micro_batch_size",
+        )
     else:
         tokens = data.seq_length
     _divides(window, tokens, "parallel.context", parallel.context)

@@ -14,6 +14,7 @@ which then advances once per parameter.
 from __future__ import annotations
 
 import contextlib
+import warnings
 from typing import Any
 
 import torch
@@ -67,6 +68,8 @@ def install() -> None:
         return
     if torch.cuda.is_available():
         raise RuntimeError("cpu.install(): got a machine with a CUDA device, expected one without")
+    # gradient hooks pass through the mode below, and torch then takes Megatron-Core's look at .grad for a mistake
+    warnings.filterwarnings("ignore", message="The .grad attribute of a Tensor that is not a leaf")
     _stand_in_for_cuda()
     mode = _CudaMeansCpu()
     mode.__enter__()
@@ -84,7 +87,9 @@ def _stand_in_for_cuda() -> None:
     cuda: Any = torch.cuda
     cuda.current_device = lambda: torch.device("cpu")
     for name in ("set_device", "synchronize", "empty_cache"):
-        setattr(cuda, name, lambda *args, **kwargs: None)  # one function each: torch.compile's tables want it so
+        setattr(
+            cuda, name, lambda *args, **kwargs: None
+        )  # one function each: torch.compile's tables want it so
     cuda.Stream = cuda.Event = _Stream
     cuda.current_stream = lambda *args, **kwargs: _Stream()
     cuda.default_stream = lambda *args, **kwargs: _Stream()

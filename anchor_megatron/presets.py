@@ -43,7 +43,12 @@ MODEL_PRESETS: dict[str, dict[str, Any]] = {
     "llama-3-8b": _shape(32, 4096, 14336, 32, 8, **_LLAMA_3),
     "llama-3-70b": _shape(80, 8192, 28672, 64, 8, **_LLAMA_3),
     "llama-3.1-8b": _shape(
-        32, 4096, 14336, 32, 8, **_LLAMA_3 | dict(rope_scaling=_LLAMA_31_SCALING, max_position_embeddings=131072)
+        32,
+        4096,
+        14336,
+        32,
+        8,
+        **_LLAMA_3 | dict(rope_scaling=_LLAMA_31_SCALING, max_position_embeddings=131072),
     ),
     "llama-3.2-1b": _shape(
         16,
@@ -63,7 +68,15 @@ MODEL_PRESETS: dict[str, dict[str, Any]] = {
         32, 4096, 14336, 32, 8, vocab_size=32768, rotary_base=1e6, max_position_embeddings=32768
     ),
     "mistral-nemo-12b": _shape(
-        40, 5120, 14336, 32, 8, vocab_size=131072, kv_channels=128, rotary_base=1e6, max_position_embeddings=131072
+        40,
+        5120,
+        14336,
+        32,
+        8,
+        vocab_size=131072,
+        kv_channels=128,
+        rotary_base=1e6,
+        max_position_embeddings=131072,
     ),
     "qwen2-7b": _shape(28, 3584, 18944, 28, 4, vocab_size=152064, **_QWEN_25),
     "qwen2.5-0.5b": _shape(24, 896, 4864, 14, 2, vocab_size=151936, tie_embeddings=True, **_QWEN_25),

@@ -36,7 +36,9 @@ def main() -> int:
     draw_losses(losses, BUILD / "loss.png")
     draw_plan(BUILD / "plan.png")
     first, last = losses[0], sum(losses[-5:]) / 5
-    print(f"loss {first:.3f} -> {last:.3f} in {STEPS} steps, {time.perf_counter() - started:.0f} s; see {BUILD}")
+    print(
+        f"loss {first:.3f} -> {last:.3f} in {STEPS} steps, {time.perf_counter() - started:.0f} s; see {BUILD}"
+    )
     if last > first - 1.0:
         print("the loss did not fall by 1", file=sys.stderr)
         return 1
@@ -76,8 +78,12 @@ def draw_losses(losses: list[float], path: Path) -> None:
     figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
     axes.plot(range(1, len(losses) + 1), losses)
     axes.axvline(STOP_AFTER + 0.5, linestyle="--", color="grey")
-    axes.text(STOP_AFTER + 0.7, losses[0], "stopped on 2 ranks (CP 2),\nresumed on 1", verticalalignment="top")
-    axes.set(xlabel="step", ylabel="loss (nats a token)", title="AnchorAttention on the standard library's sources")
+    axes.text(
+        STOP_AFTER + 0.7, losses[0], "stopped on 2 ranks (CP 2),\nresumed on 1", verticalalignment="top"
+    )
+    axes.set(
+        xlabel="step", ylabel="loss (nats a token)", title="AnchorAttention on the standard library's sources"
+    )
     figure.savefig(path, dpi=120)
 
 

@@ -34,7 +34,9 @@ CASES = {
 
 
 def to_tensors(plan: Plan) -> PlanTensors:
-    return plan_tensors(plan, {name: torch.from_numpy(array).int() for name, array in plan_arrays(plan).items()})
+    return plan_tensors(
+        plan, {name: torch.from_numpy(array).int() for name, array in plan_arrays(plan).items()}
+    )
 
 
 def inputs(tokens: int, *, seed: int) -> list[torch.Tensor]:

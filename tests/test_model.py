@@ -108,7 +108,9 @@ def llama(state: dict[str, torch.Tensor], config: Config) -> Any:
     }
     for layer in range(model.num_layers):
         ours, theirs = f"decoder.layers.{layer}.", f"model.layers.{layer}."
-        qkv = state[ours + "self_attention.linear_qkv.weight"].view(model.num_query_groups, repeats + 2, head_dim, -1)
+        qkv = state[ours + "self_attention.linear_qkv.weight"].view(
+            model.num_query_groups, repeats + 2, head_dim, -1
+        )
         named[theirs + "self_attn.q_proj.weight"] = qkv[:, :repeats].flatten(0, 2)
         named[theirs + "self_attn.k_proj.weight"] = qkv[:, repeats].flatten(0, 1)
         named[theirs + "self_attn.v_proj.weight"] = qkv[:, repeats + 1].flatten(0, 1)
@@ -136,7 +138,9 @@ def shared_form_logits(peer: Any, window: Window) -> torch.Tensor:
         return peer(input_ids=tokens[None], attention_mask=mask, position_ids=place[None]).logits[0, 1:]
 
 
-@pytest.mark.parametrize("parallel", [dict(), dict(context=2), dict(tensor=2), dict(tensor=2, context=2, sequence=True)])
+@pytest.mark.parametrize(
+    "parallel", [dict(), dict(context=2), dict(tensor=2), dict(tensor=2, context=2, sequence=True)]
+)
 def test_replicated_anchors_equal_the_papers_shared_one(
     weights: tuple[str, dict[str, torch.Tensor]], parallel: dict[str, Any]
 ) -> None:
@@ -176,9 +180,15 @@ def embedding_gradients_on_rank(
         windows, config, context_parallel_rank=parallel_state.get_context_parallel_rank()
     )
     kept = []
-    gpt.embedding.register_forward_hook(lambda module, inputs, output: kept.append(output.retain_grad() or output))
+    gpt.embedding.register_forward_hook(
+        lambda module, inputs, output: kept.append(output.retain_grad() or output)
+    )
     losses = gpt(
-        batch.tokens, batch.positions, None, labels=batch.labels, packed_seq_params=PlannedSeqParams(plan=batch.plan)
+        batch.tokens,
+        batch.positions,
+        None,
+        labels=batch.labels,
+        packed_seq_params=PlannedSeqParams(plan=batch.plan),
     )
     (losses * batch.loss_mask).sum().backward()
     return token_index, kept[0].grad[:, 0]
@@ -198,6 +208,8 @@ def test_no_document_hears_another(
     same = torch.ones(window.tokens.size, dtype=torch.bool)
     same[disturbed] = False
     for probe in (logits_on_rank, embedding_gradients_on_rank):
-        before, after = (by_token(run_ranks(context, probe, config, [one], weights[0])) for one in (window, other))
+        before, after = (
+            by_token(run_ranks(context, probe, config, [one], weights[0])) for one in (window, other)
+        )
         assert torch.equal(before[same], after[same]), probe.__name__
         assert not torch.equal(before[~same], after[~same]), probe.__name__

@@ -1,7 +1,7 @@
 """Shows how a window is divided among context-parallel ranks: pieces, positions, who waits for whom, who sends what.
 
-    python tools/show_plan.py --lengths 5,9,1,40,9 --cp 4
-    python tools/show_plan.py --data data/corpus --seq-length 8192 --window 3 --cp 8 --plot plan.png
+python tools/show_plan.py --lengths 5,9,1,40,9 --cp 4
+python tools/show_plan.py --data data/corpus --seq-length 8192 --window 3 --cp 8 --plot plan.png
 """
 
 from __future__ import annotations
@@ -19,12 +19,18 @@ from anchor_megatron.layout.placement import PLACEMENTS, place
 
 def main() -> int:
     """Returns the process's exit status."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--lengths", help="lengths of the window's documents in tokens, anchors included: 5,9,1")
+    source.add_argument(
+        "--lengths", help="lengths of the window's documents in tokens, anchors included: 5,9,1"
+    )
     source.add_argument("--data", metavar="PREFIX", help="a data set, of which one window is shown")
     parser.add_argument("--window", type=int, default=0, help="number of the data set's window (%(default)s)")
-    parser.add_argument("--seq-length", type=int, default=4096, help="tokens of the data set's windows (%(default)s)")
+    parser.add_argument(
+        "--seq-length", type=int, default=4096, help="tokens of the data set's windows (%(default)s)"
+    )
     parser.add_argument("--seed", type=int, default=1234, help="train.seed of the run (%(default)s)")
     parser.add_argument("--cp", type=int, required=True, help="context-parallel size")
     parser.add_argument("--mode", choices=MODES, default="anchor")

@@ -12,7 +12,6 @@ Legend: S rows sent, R rows received, G key/value heads, H head dim.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Optional
 
 import torch
 import torch.distributed as dist
@@ -29,7 +28,7 @@ class InFlight:
 
     arriving: Tensor
     leaving: Tensor  # held until the transfer ends
-    work: Optional[dist.Work]
+    work: dist.Work | None
 
     def finish(self) -> Tensor:
         """Waits (on a GPU: makes the current stream wait) and returns the received rows."""

@@ -12,7 +12,7 @@ Legend: T rows of this rank, N query heads, G key/value heads, H head dim, R rec
 
 from __future__ import annotations
 
-from typing import Any, Optional
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -33,7 +33,7 @@ def planned_attention(
     plan: PlanTensors,
     kernel: Kernel,
     scale: float,
-    group: Optional[dist.ProcessGroup],
+    group: dist.ProcessGroup | None,
 ) -> Tensor:
     """Attention of this rank's rows, [T, N, H] in q's dtype. `group` holds the context-parallel ranks, in rank order.
 
@@ -61,7 +61,7 @@ class _PlannedAttention(torch.autograd.Function):
         plan: PlanTensors,
         kernel: Kernel,
         scale: float,
-        group: Optional[dist.ProcessGroup],
+        group: dist.ProcessGroup | None,
     ) -> Tensor:
         n = plan.local_tokens
         out = torch.empty_like(q)
@@ -79,7 +79,7 @@ class _PlannedAttention(torch.autograd.Function):
         return out
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Optional[Tensor], ...]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, out, lse_local, lse_waiting, received = ctx.saved_tensors
         plan, kernel, scale = ctx.plan, ctx.kernel, ctx.scale
         n = plan.local_tokens
@@ -110,7 +110,7 @@ class _PlannedAttention(torch.autograd.Function):
         return dq, dk, dv, None, None, None, None
 
 
-def _start(k: Tensor, v: Tensor, plan: PlanTensors, group: Optional[dist.ProcessGroup]) -> Optional[InFlight]:
+def _start(k: Tensor, v: Tensor, plan: PlanTensors, group: dist.ProcessGroup | None) -> InFlight | None:
     if len(plan.send_counts) == 1:
         return None
     assert group is not None, "a plan for several context-parallel ranks needs their process group"
@@ -118,15 +118,15 @@ def _start(k: Tensor, v: Tensor, plan: PlanTensors, group: Optional[dist.Process
 
 
 def _start_adjoint(
-    dreceived: Tensor, dtype: torch.dtype, plan: PlanTensors, group: Optional[dist.ProcessGroup]
-) -> Optional[InFlight]:
+    dreceived: Tensor, dtype: torch.dtype, plan: PlanTensors, group: dist.ProcessGroup | None
+) -> InFlight | None:
     if len(plan.send_counts) == 1:
         return None
     assert group is not None, "a plan for several context-parallel ranks needs their process group"
     return start_exchange_adjoint(dreceived.to(dtype), plan, group)
 
 
-def _gather(k: Tensor, v: Tensor, received: Optional[Tensor], plan: PlanTensors) -> tuple[Tensor, Tensor]:
+def _gather(k: Tensor, v: Tensor, received: Tensor | None, plan: PlanTensors) -> tuple[Tensor, Tensor]:
     """Keys and values of the waiting pieces, in document order, [K, G, H] each."""
     if received is None or not received.shape[0]:
         return k.index_select(0, plan.key_index), v.index_select(0, plan.key_index)

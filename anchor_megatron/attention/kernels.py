@@ -41,7 +41,14 @@ class Kernel(Protocol):
     name: str
 
     def forward(
-        self, q_TNH: Tensor, k_KGH: Tensor, v_KGH: Tensor, segments: Segments, *, scale: float, out_TNH: Tensor
+        self,
+        q_TNH: Tensor,
+        k_KGH: Tensor,
+        v_KGH: Tensor,
+        segments: Segments,
+        *,
+        scale: float,
+        out_TNH: Tensor,
     ) -> Tensor:
         """Writes the output into `out_TNH` (dtype of q); returns the log-sum-exp [N, T] (fp32, or fp64 for fp64 inputs)."""
         ...
@@ -69,7 +76,14 @@ class TorchCpuKernel:
     name = "torch_cpu"
 
     def forward(
-        self, q_TNH: Tensor, k_KGH: Tensor, v_KGH: Tensor, segments: Segments, *, scale: float, out_TNH: Tensor
+        self,
+        q_TNH: Tensor,
+        k_KGH: Tensor,
+        v_KGH: Tensor,
+        segments: Segments,
+        *,
+        scale: float,
+        out_TNH: Tensor,
     ) -> Tensor:
         """See `Kernel.forward`."""
         lse_dtype = torch.promote_types(q_TNH.dtype, torch.float32)
@@ -115,7 +129,9 @@ def choose_kernel(name: str, device: torch.device) -> Kernel:
     if name == "auto" and kernels:
         return next(iter(kernels.values()))()
     if name not in kernels:
-        raise ValueError(f"attention.kernel: got {name!r} on {device.type}, expected auto or one of {', '.join(kernels)}")
+        raise ValueError(
+            f"attention.kernel: got {name!r} on {device.type}, expected auto or one of {', '.join(kernels)}"
+        )
     return kernels[name]()
 
 

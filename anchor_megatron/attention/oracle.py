@@ -11,7 +11,9 @@ from torch import Tensor
 __all__ = ["dense_attention"]
 
 
-def dense_attention(q_TNH: Tensor, k_TGH: Tensor, v_TGH: Tensor, visible_TT: Tensor, *, scale: float) -> Tensor:
+def dense_attention(
+    q_TNH: Tensor, k_TGH: Tensor, v_TGH: Tensor, visible_TT: Tensor, *, scale: float
+) -> Tensor:
     """softmax(scale * q k^T, over the keys that `visible_TT` [query, key] (bool) allows) v, shape [T, N, H], dtype of q."""
     repeats = q_TNH.shape[1] // k_TGH.shape[1]
     k_TNH, v_TNH = (x.repeat_interleave(repeats, dim=1) for x in (k_TGH, v_TGH))

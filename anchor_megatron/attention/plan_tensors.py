@@ -31,7 +31,9 @@ class PackedArrays:
         """Flattens one-dimensional arrays whose values fit into int32; ValueError naming one that does not."""
         for name, array in arrays.items():
             if array.size and not -(2**31) <= int(array.min()) <= int(array.max()) < 2**31:
-                raise ValueError(f"{name}: got values from {array.min()} to {array.max()}, expected int32's range")
+                raise ValueError(
+                    f"{name}: got values from {array.min()} to {array.max()}, expected int32's range"
+                )
         flat = np.concatenate([array.astype(np.int32, copy=False) for array in arrays.values()])
         return cls(torch.from_numpy(flat), tuple(arrays), tuple(array.size for array in arrays.values()))
 

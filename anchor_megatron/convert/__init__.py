@@ -1,0 +1,1 @@
+"""Hugging Face checkpoints in and out, tensor by tensor, one mapping table per family."""

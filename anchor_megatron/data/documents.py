@@ -14,7 +14,7 @@ import os
 import struct
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Optional
+from typing import Any
 
 import numpy as np
 from megatron.core.datasets.indexed_dataset import DType
@@ -61,11 +61,13 @@ class Documents:
     Raises ValueError naming the file for what is missing, truncated, empty or beyond `vocab_size`.
     """
 
-    def __init__(self, prefix: str | Path, *, vocab_size: Optional[int] = None) -> None:
+    def __init__(self, prefix: str | Path, *, vocab_size: int | None = None) -> None:
         self.prefix = str(prefix)
         for suffix in (".bin", ".idx", ".json"):
             if not os.path.isfile(self.prefix + suffix):
-                raise ValueError(f"data.train: {self.prefix}{suffix}: no such file; expected a data set's prefix")
+                raise ValueError(
+                    f"data.train: {self.prefix}{suffix}: no such file; expected a data set's prefix"
+                )
         self.summary = Summary.read(Path(self.prefix + ".json"))
         if vocab_size is not None and self.summary.largest_token >= vocab_size:
             raise ValueError(
@@ -80,7 +82,9 @@ class Documents:
         self._starts = ends[borders]
         size, expected = os.path.getsize(self.prefix + ".bin"), int(ends[-1]) * self._dtype.itemsize
         if size != expected:
-            raise ValueError(f"{self.prefix}.bin: got {size} bytes, expected the {expected} that the index counts")
+            raise ValueError(
+                f"{self.prefix}.bin: got {size} bytes, expected the {expected} that the index counts"
+            )
         if not expected:
             raise ValueError(f"{self.prefix}.bin: got no tokens, expected at least one document")
         self._tokens = np.memmap(self.prefix + ".bin", dtype=self._dtype, mode="r")

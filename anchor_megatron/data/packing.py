@@ -41,14 +41,22 @@ class WindowDataset:
     """Windows of `seq_length` tokens, anchors included, over endless epochs: a function of (documents, seed, n) alone."""
 
     def __init__(
-        self, documents: Documents, *, seq_length: int, anchor_token: int, seed: int, anchor_loss: bool = False
+        self,
+        documents: Documents,
+        *,
+        seq_length: int,
+        anchor_token: int,
+        seed: int,
+        anchor_loss: bool = False,
     ) -> None:
         """`anchor_loss`: the anchor before a document's first token is trained to predict it.
 
         ValueError where a window could not hold an anchor and a token.
         """
         if seq_length < 2:
-            raise ValueError(f"data.seq_length: got {seq_length}, expected at least 2 (an anchor and a token)")
+            raise ValueError(
+                f"data.seq_length: got {seq_length}, expected at least 2 (an anchor and a token)"
+            )
         self.documents, self.seq_length, self.seed = documents, seq_length, seed
         self.anchor_token, self.anchor_loss = anchor_token, anchor_loss
         self._epochs: dict[int, _Epoch] = {}

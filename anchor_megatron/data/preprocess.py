@@ -17,7 +17,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Optional
+from typing import Any
 
 import numpy as np
 import torch
@@ -39,12 +39,12 @@ class Job:
 
     inputs: tuple[Path, ...]
     output: Path
-    tokenizer: Optional[Path] = None
-    train_tokenizer: Optional[int] = None
+    tokenizer: Path | None = None
+    train_tokenizer: int | None = None
     json_key: str = "text"
     suffixes: tuple[str, ...] = ()
     """Of the files taken from folders; all files where empty."""
-    anchor_token: Optional[str] = None
+    anchor_token: str | None = None
     append_eod: bool = False
     workers: int = 1
     overwrite: bool = False
@@ -67,7 +67,12 @@ def preprocess(job: Job) -> tuple[Summary, float]:
         written = {suffix: Path(aside) / f"data{suffix}" for suffix in finals}
         _provide_tokenizer(job, files, written["_tokenizer"])
         summary, seconds = _tokenise(job, files, written, finals["_tokenizer"].name)
-        for suffix in ("_tokenizer", ".bin", ".idx", ".json"):  # the summary last: a prefix without one is no data set
+        for suffix in (
+            "_tokenizer",
+            ".bin",
+            ".idx",
+            ".json",
+        ):  # the summary last: a prefix without one is no data set
             if finals[suffix].is_dir():
                 shutil.rmtree(finals[suffix])
             os.replace(written[suffix], finals[suffix])
@@ -81,7 +86,9 @@ def _input_files(job: Job) -> list[Path]:
             found = sorted(one for one in path.rglob("*") if one.is_file())
             found = [one for one in found if not job.suffixes or one.suffix in job.suffixes]
             if not found:
-                raise ValueError(f"{path}: holds no files{' ending in ' + ', '.join(job.suffixes) if job.suffixes else ''}")
+                raise ValueError(
+                    f"{path}: holds no files{' ending in ' + ', '.join(job.suffixes) if job.suffixes else ''}"
+                )
             files += found
         elif not path.is_file():
             raise ValueError(f"{path}: no such file or folder")
@@ -127,7 +134,9 @@ def _provide_tokenizer(job: Job, files: list[Path], folder: Path) -> None:
     shutil.copytree(job.tokenizer, folder)
 
 
-def _tokenise(job: Job, files: list[Path], written: dict[str, Path], tokenizer_name: str) -> tuple[Summary, float]:
+def _tokenise(
+    job: Job, files: list[Path], written: dict[str, Path], tokenizer_name: str
+) -> tuple[Summary, float]:
     tokenizer = load_tokenizer(written["_tokenizer"])
     anchor = anchor_token_id(tokenizer, job.anchor_token)
     end = tokenizer.eos_token_id if job.append_eod else None
@@ -164,7 +173,9 @@ def _tokenise(job: Job, files: list[Path], written: dict[str, Path], tokenizer_n
 class _encoded:
     """Batches through the workers, in order: (ids [tokens], lengths [documents], bytes read)."""
 
-    def __init__(self, job: Job, batches: Iterator[list[Record]], folder: Path, dtype: np.dtype, end: Optional[int]):
+    def __init__(
+        self, job: Job, batches: Iterator[list[Record]], folder: Path, dtype: np.dtype, end: int | None
+    ):
         self.job, self.batches = job, batches
         self.arguments = (str(folder), job.json_key, dtype, end)
         self.pool: Any = None

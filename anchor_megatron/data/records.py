@@ -6,7 +6,7 @@ import json
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Optional
+from typing import Any
 
 import numpy as np
 
@@ -49,7 +49,7 @@ class Record:
 _worker: dict[str, Any] = {}
 
 
-def start_worker(folder: str, json_key: str, dtype: np.dtype, end: Optional[int]) -> None:
+def start_worker(folder: str, json_key: str, dtype: np.dtype, end: int | None) -> None:
     """Opens the tokenizer in `folder` once a process; `end` is appended to every document."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the workers are the parallelism
     encode: Callable[[list[str]], list[list[int]]] = batch_encoder(folder)

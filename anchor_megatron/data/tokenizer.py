@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any, Optional
+from typing import Any
 
 __all__ = ["anchor_token_id", "batch_encoder", "load_tokenizer", "train_tokenizer"]
 
@@ -34,7 +34,7 @@ def batch_encoder(folder: str | Path) -> Callable[[list[str]], list[list[int]]]:
     return lambda texts: [one.ids for one in backend.encode_batch_fast(texts, add_special_tokens=False)]
 
 
-def anchor_token_id(tokenizer: Any, named: Optional[str] = None) -> int:
+def anchor_token_id(tokenizer: Any, named: str | None = None) -> int:
     """Id of the anchor: the token `named`, else the tokenizer's BOS, else its EOS; ValueError where there is none."""
     if named is not None:
         found = tokenizer.get_vocab().get(named)
@@ -44,7 +44,9 @@ def anchor_token_id(tokenizer: Any, named: Optional[str] = None) -> int:
     for found in (tokenizer.bos_token_id, tokenizer.eos_token_id):
         if found is not None:
             return int(found)
-    raise ValueError(f"tokenizer {tokenizer.name_or_path}: has neither BOS nor EOS; name an anchor by --anchor-token")
+    raise ValueError(
+        f"tokenizer {tokenizer.name_or_path}: has neither BOS nor EOS; name an anchor by --anchor-token"
+    )
 
 
 def train_tokenizer(texts: Iterable[str], *, vocab_size: int, folder: Path) -> None:
@@ -55,7 +57,9 @@ def train_tokenizer(texts: Iterable[str], *, vocab_size: int, folder: Path) -> N
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     smallest = len(alphabet) + 2
     if vocab_size < smallest:
-        raise ValueError(f"--train-tokenizer: got {vocab_size}, expected at least {smallest} (bytes, BOS and EOS)")
+        raise ValueError(
+            f"--train-tokenizer: got {vocab_size}, expected at least {smallest} (bytes, BOS and EOS)"
+        )
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()

@@ -33,7 +33,11 @@ def describe_plans(placement: Placement, positions: np.ndarray) -> str:
             lines.append(
                 f"  rows {row:>4}-{row + stop - start:<4}  document {placement.document[piece]}, its tokens "
                 f"{start - begin}-{stop - begin} (window {start}-{stop}, positions {_spans(positions[start:stop])})  "
-                + ("local" if start == begin else f"waits: keys {begin}-{stop} from {_holders(placement, piece)}")
+                + (
+                    "local"
+                    if start == begin
+                    else f"waits: keys {begin}-{stop} from {_holders(placement, piece)}"
+                )
                 + f"  area {areas[piece]}"
             )
             row += int(stop - start)
@@ -92,6 +96,12 @@ def draw_plans(placement: Placement, path: Path) -> None:
             dark = sent[source, destination] > sent.max() / 2
             traffic.text(destination, source, sent[source, destination], ha="center", va="center", fontsize=8,
                          color="white" if dark else "black")  # fmt: skip
-    traffic.set(xlabel="to rank", ylabel="from rank", title="Key/value rows sent", xticks=range(ranks), yticks=range(ranks))
+    traffic.set(
+        xlabel="to rank",
+        ylabel="from rank",
+        title="Key/value rows sent",
+        xticks=range(ranks),
+        yticks=range(ranks),
+    )
     figure.savefig(path, dpi=120)
     plt.close(figure)

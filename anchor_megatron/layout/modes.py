@@ -62,7 +62,9 @@ def _check(mode: str, cu_seqlens: np.ndarray, window_length: int) -> None:
     if cu_seqlens.size < 2 or cu_seqlens[0] != 0 or (np.diff(cu_seqlens) < 1).any():
         raise ValueError(f"cu_seqlens: got {cu_seqlens}, expected to rise from 0 by at least 1 a document")
     if cu_seqlens[-1] % window_length:
-        raise ValueError(f"tokens: got {cu_seqlens[-1]}, expected a multiple of window_length = {window_length}")
+        raise ValueError(
+            f"tokens: got {cu_seqlens[-1]}, expected a multiple of window_length = {window_length}"
+        )
     ends = np.arange(window_length, cu_seqlens[-1] + 1, window_length)
     if not np.isin(ends, cu_seqlens).all():
         raise ValueError(f"cu_seqlens: got a document across the end of a window of {window_length} tokens")

@@ -42,7 +42,9 @@ def place(kind: str, cu_seqlens: np.ndarray, *, context_parallel_size: int, wind
         raise ValueError(f"placement: got {kind!r}, expected one of {', '.join(PLACEMENTS)}")
     shared = int(cu_seqlens[-1]) if kind == "document" else window_length
     if shared % context_parallel_size:
-        raise ValueError(f"tokens: got {shared}, expected a multiple of context_parallel_size = {context_parallel_size}")
+        raise ValueError(
+            f"tokens: got {shared}, expected a multiple of context_parallel_size = {context_parallel_size}"
+        )
     if kind == "document":
         cuts, ranks = _by_document(cu_seqlens, context_parallel_size)
     else:
@@ -59,7 +61,9 @@ def piece_areas(placement: Placement) -> np.ndarray:
 
 def balance(placement: Placement) -> float:
     """The largest rank's attention area over the mean rank's."""
-    areas = np.bincount(placement.rank, weights=piece_areas(placement), minlength=placement.context_parallel_size)
+    areas = np.bincount(
+        placement.rank, weights=piece_areas(placement), minlength=placement.context_parallel_size
+    )
     return float(areas.max() / areas.mean())
 
 
@@ -125,7 +129,9 @@ def _fill(length: int, room: np.ndarray, candidates: np.ndarray) -> tuple[np.nda
     return np.asarray(cut), np.asarray(who)
 
 
-def _placement(cu_seqlens: np.ndarray, ends: np.ndarray, ranks: np.ndarray, context_parallel_size: int) -> Placement:
+def _placement(
+    cu_seqlens: np.ndarray, ends: np.ndarray, ranks: np.ndarray, context_parallel_size: int
+) -> Placement:
     """Sorts pieces, cuts them at document borders, joins neighbours of one document on one rank."""
     order = np.argsort(ends, kind="stable")
     ends, ranks = ends[order], ranks[order]
@@ -137,5 +143,10 @@ def _placement(cu_seqlens: np.ndarray, ends: np.ndarray, ranks: np.ndarray, cont
     begins[1:] = (document[1:] != document[:-1]) | (rank[1:] != rank[:-1])
     stop = cuts[np.append(np.flatnonzero(begins)[1:] - 1, cuts.size - 1)]
     return Placement(
-        cu_seqlens.astype(np.int64), start[begins], stop, document[begins], rank[begins], context_parallel_size
+        cu_seqlens.astype(np.int64),
+        start[begins],
+        stop,
+        document[begins],
+        rank[begins],
+        context_parallel_size,
     )

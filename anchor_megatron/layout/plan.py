@@ -147,20 +147,28 @@ def check_plans(placement: Placement, plans: list[Plan]) -> None:
     first_of = np.repeat(placement.cu_seqlens[:-1], lengths)
     for rank, plan in enumerate(plans):
         held = np.concatenate([plan.token_index, _arriving(plans, rank)])
-        assert held.size == plan.token_index.size + sum(plan.recv_counts), f"rank {rank}: sent is not received"
+        assert held.size == plan.token_index.size + sum(plan.recv_counts), (
+            f"rank {rank}: sent is not received"
+        )
         keys = held[plan.key_index]
         for piece in range(plan.cu_seqlens_q.size - 1):
             rows = slice(*(plan.local_tokens + plan.cu_seqlens_q[piece : piece + 2]))
             queries = plan.token_index[rows]
             seen = keys[slice(*plan.cu_seqlens_k[piece : piece + 2])]
             expected = np.arange(first_of[queries[0]], queries[-1] + 1)
-            assert np.array_equal(seen, expected), f"rank {rank}: a waiting piece does not see its document's keys"
-            assert np.array_equal(queries, expected[-queries.size :]), f"rank {rank}: a piece is not contiguous"
+            assert np.array_equal(seen, expected), (
+                f"rank {rank}: a waiting piece does not see its document's keys"
+            )
+            assert np.array_equal(queries, expected[-queries.size :]), (
+                f"rank {rank}: a piece is not contiguous"
+            )
         for piece in range(plan.cu_seqlens_local.size - 1):
             row, end = plan.cu_seqlens_local[piece : piece + 2]
             first = plan.token_index[row]
             whole = np.array_equal(plan.token_index[row:end], np.arange(first, first + end - row))
-            assert whole and first == first_of[first], f"rank {rank}: a local piece does not begin its document"
+            assert whole and first == first_of[first], (
+                f"rank {rank}: a local piece does not begin its document"
+            )
         used = np.unique(plan.key_index[plan.key_index >= plan.token_index.size]).size
         assert used == sum(plan.recv_counts), f"rank {rank}: a received row is not needed"
 

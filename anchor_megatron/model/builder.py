@@ -143,7 +143,9 @@ def _block_spec(config: Config, megatron: TransformerConfig) -> Any:
         PlannedCoreAttention, kernel=choose_kernel(config.attention.kernel, _device())
     )
     if _has_transformer_engine():
-        spec = get_gpt_layer_with_transformer_engine_spec(moe_grouped_gemm=megatron.moe_grouped_gemm, **options)
+        spec = get_gpt_layer_with_transformer_engine_spec(
+            moe_grouped_gemm=megatron.moe_grouped_gemm, **options
+        )
         spec.submodules.self_attention.submodules.core_attention = core_attention
         return spec
     spec = get_gpt_layer_local_spec(normalization="RMSNorm", **options)
@@ -166,4 +168,8 @@ def _has_transformer_engine() -> bool:
 
 
 def _device() -> torch.device:
-    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+    return (
+        torch.device("cuda", torch.cuda.current_device())
+        if torch.cuda.is_available()
+        else torch.device("cpu")
+    )

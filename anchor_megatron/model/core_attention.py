@@ -10,7 +10,7 @@ Legend: T rows of this rank, N query heads, G key/value heads (both per tensor-p
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Optional
+from typing import Any
 
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.process_groups_config import ProcessGroupCollection
@@ -30,7 +30,7 @@ class PlannedSeqParams(PackedSeqParams):
     """What every layer needs to know of a micro-batch."""
 
     qkv_format: str = "sbhd"
-    plan: Optional[PlanTensors] = None
+    plan: PlanTensors | None = None
 
 
 class PlannedCoreAttention(MegatronModule):
@@ -41,8 +41,8 @@ class PlannedCoreAttention(MegatronModule):
         config: TransformerConfig,
         *,
         kernel: Kernel,
-        softmax_scale: Optional[float] = None,
-        pg_collection: Optional[ProcessGroupCollection] = None,
+        softmax_scale: float | None = None,
+        pg_collection: ProcessGroupCollection | None = None,
         **unused: Any,
     ) -> None:
         """`softmax_scale` defaults to 1/sqrt(H). Megatron-Core's other arguments describe masks a plan already holds."""
@@ -56,9 +56,9 @@ class PlannedCoreAttention(MegatronModule):
         query: Tensor,
         key: Tensor,
         value: Tensor,
-        attention_mask: Optional[Tensor],
+        attention_mask: Tensor | None,
         *,
-        packed_seq_params: Optional[PlannedSeqParams] = None,
+        packed_seq_params: PlannedSeqParams | None = None,
         **unused: Any,
     ) -> Tensor:
         """[T, 1, N*H] for query [T, 1, N, H], key and value [T, 1, G, H]. There is no mask: the plan is the mask."""

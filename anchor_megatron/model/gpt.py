@@ -7,7 +7,7 @@ the rotary module's would have been, on every pipeline stage.
 
 from __future__ import annotations
 
-from typing import Any, Optional
+from typing import Any
 
 import torch
 from megatron.core.models.gpt import GPTModel
@@ -28,7 +28,9 @@ class AnchorGPT(GPTModel):
         self.rotary_angles = RotaryAngles(inverse_frequencies)
         self.real_vocab_size = real_vocab_size
 
-    def _preprocess(self, input_ids: Tensor, position_ids: Tensor, *args: Any, **kwargs: Any) -> tuple[Any, ...]:
+    def _preprocess(
+        self, input_ids: Tensor, position_ids: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Any, ...]:
         found = list(super()._preprocess(input_ids, position_ids, *args, **kwargs))
         found[_ROTARY_SLOT] = self.rotary_angles(position_ids[0])
         return tuple(found)
@@ -38,6 +40,6 @@ class AnchorGPT(GPTModel):
         first = self.pg_collection.tp.rank() * logits.shape[-1]
         real_columns = min(max(self.real_vocab_size - first, 0), logits.shape[-1])
         if real_columns < logits.shape[-1]:
-            columns: Optional[Tensor] = torch.arange(logits.shape[-1], device=logits.device) >= real_columns
+            columns: Tensor | None = torch.arange(logits.shape[-1], device=logits.device) >= real_columns
             logits = logits.masked_fill(columns, float("-inf"))
         return super().compute_language_model_loss(labels, logits)

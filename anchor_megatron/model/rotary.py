@@ -24,7 +24,9 @@ class RotaryAngles(nn.Module):
     def __init__(self, inverse_frequencies: Tensor) -> None:
         """`inverse_frequencies` fp64 [H/2], radians a token."""
         super().__init__()
-        assert inverse_frequencies.dtype == torch.float64, f"got {inverse_frequencies.dtype}, expected float64"
+        assert inverse_frequencies.dtype == torch.float64, (
+            f"got {inverse_frequencies.dtype}, expected float64"
+        )
         # a plain attribute: neither .bfloat16() nor a checkpoint may touch it
         self._fp64 = inverse_frequencies
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
-from typing import Any, Optional
+from typing import Any
 
 import torch.distributed as dist
 from megatron.core import dist_checkpointing, parallel_state
@@ -60,12 +60,14 @@ def load_pretrained(trainee: Trainee, directory: str) -> None:
     folder = path if (path / "metadata.json").is_file() else latest_checkpoint(path)
     if folder is None:
         raise ValueError(f"checkpoint.pretrained: got {directory}, expected a checkpoint or a folder of them")
-    state = dist_checkpointing.load({"model": trainee.gpt.sharded_state_dict(metadata=_metadata())}, str(folder))
+    state = dist_checkpointing.load(
+        {"model": trainee.gpt.sharded_state_dict(metadata=_metadata())}, str(folder)
+    )
     trainee.gpt.load_state_dict(state["model"])
     trainee.optimizer.reload_model_params()
 
 
-def latest_checkpoint(directory: Path) -> Optional[Path]:
+def latest_checkpoint(directory: Path) -> Path | None:
     """The newest complete checkpoint in `directory`, None where there is none; ValueError where `latest` misleads."""
     pointer = directory / "latest"
     if not pointer.is_file():

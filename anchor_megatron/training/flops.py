@@ -44,7 +44,9 @@ def peak_tflops(given: float | None) -> float | None:
     for model, peak in _PEAKS.items():
         if model in words:
             return peak
-    logging.getLogger(__name__).warning("log.peak_tflops: no known peak for %r, utilisation is not reported", name)
+    logging.getLogger(__name__).warning(
+        "log.peak_tflops: no known peak for %r, utilisation is not reported", name
+    )
     return None
 
 
@@ -52,8 +54,8 @@ def _measured_matmul_tflops(size: int = 1024) -> float:
     left, right = torch.randn(size, size), torch.randn(size, size)
     left @ right
     times = []
-    for _ in range(5):
+    for _ in range(20):
         start = time.perf_counter()
         left @ right
         times.append(time.perf_counter() - start)
-    return 2 * size**3 / sorted(times)[2] / 1e12
+    return 2 * size**3 / min(times) / 1e12

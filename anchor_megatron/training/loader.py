@@ -27,7 +27,9 @@ def open_windows(config: Config) -> WindowDataset:
     documents = Documents(data.train, vocab_size=config.model.vocab_size)
     anchor = data.anchor_token if data.anchor_token is not None else documents.summary.anchor_token
     if config.model.vocab_size is not None and anchor >= config.model.vocab_size:
-        raise ValueError(f"data.anchor_token: got {anchor}, expected an id below vocab_size = {config.model.vocab_size}")
+        raise ValueError(
+            f"data.anchor_token: got {anchor}, expected an id below vocab_size = {config.model.vocab_size}"
+        )
     return WindowDataset(
         documents,
         seq_length=data.seq_length,
@@ -72,7 +74,9 @@ class BatchDataset(Dataset):
         )
 
 
-def batches(config: Config, windows: WindowDataset, *, first_step: int, pin_memory: bool) -> Iterator[PlannedBatch]:
+def batches(
+    config: Config, windows: WindowDataset, *, first_step: int, pin_memory: bool
+) -> Iterator[PlannedBatch]:
     """This rank's batches from `first_step` to the end of the run, planned ahead by `data.num_workers` processes."""
     dataset = BatchDataset(config, windows)
     workers = config.data.num_workers

@@ -38,7 +38,10 @@ class Reporter:
     def step(self, step: int, result: StepResult, *, learning_rate: float) -> dict[str, Any] | None:
         """Takes in step `step` (1 is the first). On a reporting step returns the figures since the last report."""
         self.pending.append(result)
-        if step % self.config.log.interval and step not in (self.config.train.steps, self.config.train.stop_after):
+        if step % self.config.log.interval and step not in (
+            self.config.train.steps,
+            self.config.train.stop_after,
+        ):
             return None
         sums = global_sums(self.pending)
         now = time.perf_counter()

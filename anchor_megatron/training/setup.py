@@ -16,7 +16,11 @@ __all__ = ["initialize_ranks", "micro_batches_per_step", "rank_device"]
 
 def rank_device() -> torch.device:
     """This rank's GPU, or the CPU where there is none."""
-    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+    return (
+        torch.device("cuda", torch.cuda.current_device())
+        if torch.cuda.is_available()
+        else torch.device("cpu")
+    )
 
 
 def initialize_ranks(config: Config) -> None:
@@ -57,4 +61,6 @@ def _join(config: Config, world_size: int) -> None:
         dist.init_process_group("nccl" if on_gpu else "gloo", timeout=timeout, device_id=device)
     else:
         store = dist.HashStore()
-        dist.init_process_group("nccl" if on_gpu else "gloo", store=store, rank=0, world_size=1, timeout=timeout)
+        dist.init_process_group(
+            "nccl" if on_gpu else "gloo", store=store, rank=0, world_size=1, timeout=timeout
+        )

@@ -88,7 +88,11 @@ def train_step(config: Config, trainee: Trainee, batches: Iterator[PlannedBatch]
 
 
 def forward_backward(
-    config: Config, model: DistributedDataParallel, batches: Iterator[PlannedBatch], *, forward_only: bool = False
+    config: Config,
+    model: DistributedDataParallel,
+    batches: Iterator[PlannedBatch],
+    *,
+    forward_only: bool = False,
 ) -> tuple[Tensor, list[BatchStats]]:
     """Loss (as in `StepResult`) and figures of one step's micro-batches; gradients are left in the model's buffers."""
     stats: list[BatchStats] = []
