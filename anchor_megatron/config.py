@@ -1,10 +1,12 @@
-"""A run's configuration: one dataclass per section, read from YAML, overridden by dotted words, checked on load.
+"""A run's configuration: one dataclass per section, read from YAML, overridden by dotted words, checked on
+load.
 
     config = load_config("examples/tiny.yaml", ["parallel.context=2", "train.steps=3"])
 
-`model.preset: llama-3-8b` fills every model field that the YAML leaves out; fields given beside it win. The string under
-a field is its documentation: `describe()` prints it for `pretrain_anchor.py --help`. A key that does not exist, a value
-of the wrong type and a combination that cannot run are each a `ValueError` naming the field, before anything is started.
+`model.preset: llama-3-8b` fills every model field that the YAML leaves out; fields given beside it win. The
+string under a field is its documentation: `describe()` prints it for `pretrain_anchor.py --help`. A key that
+does not exist, a value of the wrong type and a combination that cannot run are each a `ValueError` naming the
+field, before anything is started.
 """
 
 from __future__ import annotations
@@ -51,7 +53,8 @@ class ModelConfig:
     make_vocab_size_divisible_by: int = 128
     """The embedding is padded to a multiple of this times the tensor-parallel size."""
     rotary_base: float = 10000.0
-    """Theta of the rotary embedding. The paper raises it with the context: 1e6, 5e6, 1e7 for 16K, 64K, 128K."""
+    """Theta of the rotary embedding. The paper raises it with the context: 1e6, 5e6, 1e7 for 16K, 64K, 128K.
+    """
     rope_scaling: dict[str, Any] | None = None
     """Hugging Face's rope_scaling dictionary (rope_type, factor, ...); null for none."""
     max_position_embeddings: int | None = None
@@ -81,7 +84,8 @@ class DataConfig:
     """Documents on disk and how they are packed into windows."""
 
     train: str = "???"
-    """Prefix of the training set written by tools/preprocess_data.py (prefix.bin, prefix.idx, prefix.json)."""
+    """Prefix of the training set written by tools/preprocess_data.py (prefix.bin, prefix.idx, prefix.json).
+    """
     seq_length: int = 1024
     """Tokens of one window, the documents' anchors included."""
     mode: str = "anchor"
@@ -91,7 +95,8 @@ class DataConfig:
     anchor_loss: bool = False
     """Let a document's anchor be trained to predict its first token."""
     num_workers: int = 2
-    """Loader processes a rank; they pack windows and plan ahead of the training loop. 0: in the loop itself."""
+    """Loader processes a rank; they pack windows and plan ahead of the training loop. 0: in the loop itself.
+    """
 
 
 @dataclass
@@ -193,7 +198,9 @@ class LogConfig:
     wandb_project: str | None = None
     """Weights & Biases project (needs the wandb package)."""
     peak_tflops: float | None = None
-    """Peak TFLOP/s of one rank, for the model-FLOPs utilisation; known GPUs' and, without a GPU, measured where null."""
+    """Peak TFLOP/s of one rank, for the model-FLOPs utilisation; known GPUs' and, without a GPU, measured
+    where null.
+    """
 
 
 @dataclass
@@ -213,7 +220,8 @@ class Config:
 def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
     """The configuration in the YAML file `path` with dotted `overrides` ("train.steps=3") laid over it.
 
-    Raises ValueError, naming the field, for what is unknown, of the wrong type, missing or cannot run together.
+    Raises ValueError, naming the field, for what is unknown, of the wrong type, missing or cannot run
+    together.
     """
     path = Path(path)
     if not path.is_file():
@@ -255,7 +263,9 @@ def _build(given: Any, source: str, *, check: bool = True) -> Config:
 
 
 def _check(config: Config) -> None:
-    """Refuses what cannot run, naming the field; what needs the number of ranks is checked by `check_world_size`."""
+    """Refuses what cannot run, naming the field; what needs the number of ranks is checked by
+    `check_world_size`.
+    """
     model, data, parallel = config.model, config.data, config.parallel
     choices = {
         "data.mode": (data.mode, MODES),

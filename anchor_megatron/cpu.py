@@ -1,4 +1,5 @@
-"""Lets Megatron-Core run without a GPU. `install()` once per process, before Megatron builds anything; never with a GPU.
+"""Lets Megatron-Core run without a GPU. `install()` once per process, before Megatron builds anything; never
+with a GPU.
 
 Megatron-Core 0.16 names CUDA outright in three ways, each given its stand-in here:
 
@@ -6,9 +7,9 @@ Megatron-Core 0.16 names CUDA outright in three ways, each given its stand-in he
     p.type() == "torch.cuda.FloatTensor"              CPU tensors answer as CUDA's do     (the same mode)
     torch.cuda.current_device(), streams, RNG state   no-ops and the CPU's generator      (attributes of torch.cuda)
 
-The same module mends what breaks in Megatron-Core when its optimizer is torch's AdamW (neither TransformerEngine nor Apex
-present): loading a checkpoint asks for a tensor that does not exist, and gives every parameter the same step counter,
-which then advances once per parameter.
+The same module mends what breaks in Megatron-Core when its optimizer is torch's AdamW (neither
+TransformerEngine nor Apex present): loading a checkpoint asks for a tensor that does not exist, and gives
+every parameter the same step counter, which then advances once per parameter.
 """
 
 from __future__ import annotations
@@ -68,7 +69,8 @@ def install() -> None:
         return
     if torch.cuda.is_available():
         raise RuntimeError("cpu.install(): got a machine with a CUDA device, expected one without")
-    # gradient hooks pass through the mode below, and torch then takes Megatron-Core's look at .grad for a mistake
+    # gradient hooks pass through the mode below, and torch then takes Megatron-Core's look at .grad for a
+    # mistake
     warnings.filterwarnings("ignore", message="The .grad attribute of a Tensor that is not a leaf")
     _stand_in_for_cuda()
     mode = _CudaMeansCpu()

@@ -1,4 +1,6 @@
-"""Shapes of published models, as fields of `config.ModelConfig` (sources: each model's config.json on Hugging Face)."""
+"""Shapes of published models, as fields of `config.ModelConfig` (sources: each model's config.json on Hugging
+Face).
+"""
 
 from __future__ import annotations
 

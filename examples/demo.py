@@ -1,8 +1,8 @@
 """The main job from end to end, in minutes, without a GPU: `make demo`.
 
-Trains a tokenizer on the Python standard library's sources, writes the data set, trains a small GPT with anchor attention
-on two context-parallel ranks, stops half way, resumes on one rank from the checkpoint, and draws the loss curve and the
-plan of one window. Everything lands in build/demo/.
+Trains a tokenizer on the Python standard library's sources, writes the data set, trains a small GPT with
+anchor attention on two context-parallel ranks, stops half way, resumes on one rank from the checkpoint, and
+draws the loss curve and the plan of one window. Everything lands in build/demo/.
 """
 
 from __future__ import annotations

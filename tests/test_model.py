@@ -125,7 +125,9 @@ def llama(state: dict[str, torch.Tensor], config: Config) -> Any:
 
 
 def shared_form_logits(peer: Any, window: Window) -> torch.Tensor:
-    """The paper's form: one anchor, a dense mask `k <= q and (same document or k == 0)`; logits of the other tokens."""
+    """The paper's form: one anchor, a dense mask `k <= q and (same document or k == 0)`; logits of the other
+    tokens.
+    """
     own = np.ones(window.tokens.size, dtype=bool)
     own[window.cu_seqlens[:-1]] = False
     document = np.repeat(np.arange(window.document_ids.size), np.diff(window.cu_seqlens))

@@ -46,7 +46,9 @@ def save_fresh_weights(rank: int, world_size: int, config: Config, folder: str) 
 def gradients_on_rank(
     rank: int, world_size: int, config: Config, windows: list[Window], weights: str, out: str
 ) -> float:
-    """Loss of one step; the gradients are saved in `out` as if they were weights, so that any layout reads them."""
+    """Loss of one step; the gradients are saved in `out` as if they were weights, so that any layout reads
+    them.
+    """
     initialize_ranks(config)
     trainee = build_trainee(config)
     state = dist_checkpointing.load({"model": trainee.gpt.sharded_state_dict()}, weights)
@@ -76,7 +78,9 @@ def gradients_on_rank(
 
 
 def gradients_become_weights(trainee: Trainee) -> None:
-    """Each rank holds one reduced shard of every gradient bucket: gathers them and writes them over the weights."""
+    """Each rank holds one reduced shard of every gradient bucket: gathers them and writes them over the
+    weights.
+    """
     group = parallel_state.get_data_parallel_group(with_context_parallel=True)
     for buffer in trainee.model.buffers:
         for bucket in buffer.buckets:

@@ -1,4 +1,6 @@
-"""Preprocessing: real text in every form in, the same tokens out, and one clear message for what cannot be used."""
+"""Preprocessing: real text in every form in, the same tokens out, and one clear message for what cannot be
+used.
+"""
 
 from __future__ import annotations
 

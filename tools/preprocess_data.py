@@ -1,4 +1,5 @@
-"""Text to a data set that pretrain_anchor.py reads: PREFIX.bin, PREFIX.idx, PREFIX.json and PREFIX_tokenizer/.
+"""Text to a data set that pretrain_anchor.py reads: PREFIX.bin, PREFIX.idx, PREFIX.json and
+PREFIX_tokenizer/.
 
 python tools/preprocess_data.py corpus.jsonl --tokenizer models/llama-3 --output data/corpus --workers 8
 python tools/preprocess_data.py src/ --suffix .py .md --train-tokenizer 8192 --output data/src

@@ -24,7 +24,9 @@ __all__ = ["InFlight", "start_exchange", "start_exchange_adjoint"]
 
 @dataclass
 class InFlight:
-    """An all-to-all under way; `finish()` gives what arrived, [rows, 2, G, H]: keys and values (or their gradients)."""
+    """An all-to-all under way; `finish()` gives what arrived, [rows, 2, G, H]: keys and values (or their
+    gradients).
+    """
 
     arriving: Tensor
     leaving: Tensor  # held until the transfer ends

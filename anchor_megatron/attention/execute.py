@@ -1,11 +1,12 @@
-"""Walks a plan: attend the local pieces while keys fly, then the pieces that waited; backward in mirror image.
+"""Walks a plan: attend the local pieces while keys fly, then the pieces that waited; backward in mirror
+image.
 
     forward    start exchange | local pieces      | finish | waiting pieces
     backward   waiting pieces | start adjoint     | local pieces | finish, add to the rows that were sent
 
-A rank's rows are ordered local pieces first, waiting pieces behind, so both outputs are slices of one tensor. Every query
-row meets all its keys in one kernel call, in document order: nothing is merged, and the result does not depend on the
-number of ranks.
+A rank's rows are ordered local pieces first, waiting pieces behind, so both outputs are slices of one tensor.
+Every query row meets all its keys in one kernel call, in document order: nothing is merged, and the result
+does not depend on the number of ranks.
 
 Legend: T rows of this rank, N query heads, G key/value heads, H head dim, R received rows, K gathered keys.
 """
@@ -35,7 +36,8 @@ def planned_attention(
     scale: float,
     group: dist.ProcessGroup | None,
 ) -> Tensor:
-    """Attention of this rank's rows, [T, N, H] in q's dtype. `group` holds the context-parallel ranks, in rank order.
+    """Attention of this rank's rows, [T, N, H] in q's dtype. `group` holds the context-parallel ranks, in
+    rank order.
 
     All ranks of `group` must call it together, each with its own plan of the same placement.
     """
@@ -85,7 +87,8 @@ class _PlannedAttention(torch.autograd.Function):
         n = plan.local_tokens
         dout = grads[0].contiguous()
         dq, dk, dv = (x.new_empty(x.shape) for x in (q, k, v))
-        # rows: keys and values of this rank's tokens, then of the received ones; sums are kept in at least fp32
+        # rows: keys and values of this rank's tokens, then of the received ones; sums are kept in at least
+        # fp32
         drows = torch.zeros(
             (k.shape[0] + plan.received_tokens, 2, *k.shape[1:]),
             dtype=torch.promote_types(k.dtype, torch.float32),

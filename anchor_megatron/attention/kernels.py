@@ -1,15 +1,16 @@
 """Attention kernels behind one signature: packed documents, causal inside each, aligned to the bottom right.
 
-`Segments` says where the documents lie: queries [cu_seqlens_q[i], cu_seqlens_q[i+1]) see keys from cu_seqlens_k[i] on, the last
-query all of them, each earlier query one fewer. Three queries against five keys:
+`Segments` says where the documents lie: queries [cu_seqlens_q[i], cu_seqlens_q[i+1]) see keys from
+cu_seqlens_k[i] on, the last query all of them, each earlier query one fewer. Three queries against five keys:
 
     query 0: k0 k1 k2 .  .
     query 1: k0 k1 k2 k3 .
     query 2: k0 k1 k2 k3 k4
 
-A kernel is a pair of functions. `forward` returns the output and the natural logarithm of the softmax's denominator
-(log-sum-exp of the scaled scores); `backward` takes both again. Results are written where the caller wants them: a
-plan's local and waiting pieces are slices of one tensor, and nothing is copied to bring them together.
+A kernel is a pair of functions. `forward` returns the output and the natural logarithm of the softmax's
+denominator (log-sum-exp of the scaled scores); `backward` takes both again. Results are written where the
+caller wants them: a plan's local and waiting pieces are slices of one tensor, and nothing is copied to bring
+them together.
 
 Legend: T query rows, K key rows, N query heads, G key/value heads, H head dim.
 """
@@ -50,7 +51,9 @@ class Kernel(Protocol):
         scale: float,
         out_TNH: Tensor,
     ) -> Tensor:
-        """Writes the output into `out_TNH` (dtype of q); returns the log-sum-exp [N, T] (fp32, or fp64 for fp64 inputs)."""
+        """Writes the output into `out_TNH` (dtype of q); returns the log-sum-exp [N, T] (fp32, or fp64 for
+        fp64 inputs).
+        """
         ...
 
     def backward(
@@ -124,7 +127,9 @@ class TorchCpuKernel:
 
 
 def choose_kernel(name: str, device: torch.device) -> Kernel:
-    """The kernel called `name` ("auto": the fastest for `device`); ValueError for one that does not exist there."""
+    """The kernel called `name` ("auto": the fastest for `device`); ValueError for one that does not exist
+    there.
+    """
     kernels = {"torch_cpu": TorchCpuKernel} if device.type == "cpu" else {}
     if name == "auto" and kernels:
         return next(iter(kernels.values()))()

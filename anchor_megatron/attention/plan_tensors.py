@@ -1,8 +1,8 @@
 """A rank's plan and tokens on their way to the device: one integer buffer, one copy, views.
 
 A loader worker flattens a plan's arrays, the tokens, labels, loss mask and positions into one int32 buffer
-(`PackedArrays`). The training loop pins it, copies it in one non-blocking transfer and cuts it into views again. Sizes
-travel beside it as Python integers, so nothing ever has to be read back from the device.
+(`PackedArrays`). The training loop pins it, copies it in one non-blocking transfer and cuts it into views
+again. Sizes travel beside it as Python integers, so nothing ever has to be read back from the device.
 """
 
 from __future__ import annotations
@@ -49,7 +49,9 @@ class PackedArrays:
 
 @dataclass(frozen=True)
 class PlanTensors:
-    """`layout.plan.Plan` with its index arrays as int32 tensors on the device; fields mean what they mean there."""
+    """`layout.plan.Plan` with its index arrays as int32 tensors on the device; fields mean what they mean
+    there.
+    """
 
     local_tokens: int
     cu_seqlens_local: Tensor

@@ -1,16 +1,16 @@
 """Documents packed into windows; any window of any epoch can be asked for directly.
 
-An epoch is a shuffled order of all documents, laid out as one stream of slots: an anchor, then the document's tokens. Two
-documents of 3 and 4 tokens (slots a x y z | a p q r s), windows of 5:
+An epoch is a shuffled order of all documents, laid out as one stream of slots: an anchor, then the document's
+tokens. Two documents of 3 and 4 tokens (slots a x y z | a p q r s), windows of 5:
 
     window 0   a x y z a     the last slot holds an anchor alone: padding, and window 1 begins at this slot again
     window 1   a p q r s
     window 2   (windows of 4 instead: a x y z | a p q r | a s . .)   a cut document goes on behind an anchor of its own
 
-So window n+1 begins at the slot where window n ends, or one before it where that cuts a document: the slot before the
-first new token shows the anchor. Starts are a stride of S-1 but for the windows that end exactly with a document.
-Every token of every document appears once an epoch, and every token but a document's first is a label once; the slots
-behind the last document are padding.
+So window n+1 begins at the slot where window n ends, or one before it where that cuts a document: the slot
+before the first new token shows the anchor. Starts are a stride of S-1 but for the windows that end exactly
+with a document. Every token of every document appears once an epoch, and every token but a document's first
+is a label once; the slots behind the last document are padding.
 """
 
 from __future__ import annotations
@@ -30,7 +30,9 @@ _BLOCK = 4096  # windows whose starts are guessed at once
 
 @dataclass(frozen=True)
 class _Epoch:
-    """order int64 [d]: documents; borders int64 [d+1]: their first slots; starts int64 [w]: the windows' first slots."""
+    """order int64 [d]: documents; borders int64 [d+1]: their first slots; starts int64 [w]: the windows'
+    first slots.
+    """
 
     order: np.ndarray
     borders: np.ndarray
@@ -38,7 +40,9 @@ class _Epoch:
 
 
 class WindowDataset:
-    """Windows of `seq_length` tokens, anchors included, over endless epochs: a function of (documents, seed, n) alone."""
+    """Windows of `seq_length` tokens, anchors included, over endless epochs: a function of (documents, seed,
+    n) alone.
+    """
 
     def __init__(
         self,

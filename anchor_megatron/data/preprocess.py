@@ -2,9 +2,9 @@
 
     files -> records (raw bytes, with file and line) -> batches -> workers: decode, parse, encode -> .bin, .idx, .json
 
-Records travel as bytes: decoding and parsing happen in the workers, and an error carries the file and the line it is in.
-Output is written beside its final name and renamed at the end, so a failed run leaves no data set behind, and it is the
-same whatever the number of workers.
+Records travel as bytes: decoding and parsing happen in the workers, and an error carries the file and the
+line it is in. Output is written beside its final name and renamed at the end, so a failed run leaves no data
+set behind, and it is the same whatever the number of workers.
 """
 
 from __future__ import annotations
@@ -53,7 +53,8 @@ class Job:
 def preprocess(job: Job) -> tuple[Summary, float]:
     """Runs `job`; returns what was written and the seconds that tokenising took.
 
-    Raises ValueError naming file and line, or the option, for input that cannot be used; nothing is written then.
+    Raises ValueError naming file and line, or the option, for input that cannot be used; nothing is written
+    then.
     """
     if (job.tokenizer is None) == (job.train_tokenizer is None):
         raise ValueError("tokenizer: expected exactly one of --tokenizer DIR and --train-tokenizer N")

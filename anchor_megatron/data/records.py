@@ -1,4 +1,6 @@
-"""One document on its way from a file to token ids: what a preprocessing worker runs (and all that it imports)."""
+"""One document on its way from a file to token ids: what a preprocessing worker runs (and all that it
+imports).
+"""
 
 from __future__ import annotations
 
@@ -29,7 +31,9 @@ class Record:
         return f"{self.path}:{self.line}" if self.line else self.path
 
     def text(self, json_key: str) -> str:
-        """The document's text; ValueError naming file and line for what is no UTF-8, no JSON, or lacks the key."""
+        """The document's text; ValueError naming file and line for what is no UTF-8, no JSON, or lacks the
+        key.
+        """
         try:
             text = self.raw.decode("utf-8")
         except UnicodeDecodeError as error:

@@ -1,4 +1,5 @@
-"""Which windows a rank reads: step s takes windows [s * global_batch_size, (s+1) * global_batch_size) whatever the layout.
+"""Which windows a rank reads: step s takes windows [s * global_batch_size, (s+1) * global_batch_size)
+whatever the layout.
 
 Global batch 8, micro-batch 2, two replicas; step 0:
 

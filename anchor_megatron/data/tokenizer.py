@@ -1,4 +1,6 @@
-"""Tokenizers: any Hugging Face tokenizer folder, or a byte-level BPE trained on the input where there is none."""
+"""Tokenizers: any Hugging Face tokenizer folder, or a byte-level BPE trained on the input where there is
+none.
+"""
 
 from __future__ import annotations
 
@@ -35,7 +37,9 @@ def batch_encoder(folder: str | Path) -> Callable[[list[str]], list[list[int]]]:
 
 
 def anchor_token_id(tokenizer: Any, named: str | None = None) -> int:
-    """Id of the anchor: the token `named`, else the tokenizer's BOS, else its EOS; ValueError where there is none."""
+    """Id of the anchor: the token `named`, else the tokenizer's BOS, else its EOS; ValueError where there is
+    none.
+    """
     if named is not None:
         found = tokenizer.get_vocab().get(named)
         if found is None:
@@ -50,7 +54,9 @@ def anchor_token_id(tokenizer: Any, named: str | None = None) -> int:
 
 
 def train_tokenizer(texts: Iterable[str], *, vocab_size: int, folder: Path) -> None:
-    """Trains a byte-level BPE of `vocab_size` entries on `texts` and saves it as a Hugging Face tokenizer folder."""
+    """Trains a byte-level BPE of `vocab_size` entries on `texts` and saves it as a Hugging Face tokenizer
+    folder.
+    """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 

@@ -1,6 +1,7 @@
 """One packed training sequence.
 
-Documents of tokens 5 6 7 and 8 9, anchor token 1, a window of 8 whose last slot is too short for a third document:
+Documents of tokens 5 6 7 and 8 9, anchor token 1, a window of 8 whose last slot is too short for a third
+document:
 
     tokens      1  5  6  7  1  8  9  1
     labels      0  6  7  0  0  9  0  0      0 where there is none

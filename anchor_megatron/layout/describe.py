@@ -13,7 +13,9 @@ __all__ = ["describe_plans", "draw_plans"]
 
 
 def describe_plans(placement: Placement, positions: np.ndarray) -> str:
-    """The plans of all ranks as text that can be checked by hand. `positions` int64 [T] by token of the micro-batch."""
+    """The plans of all ranks as text that can be checked by hand. `positions` int64 [T] by token of the
+    micro-batch.
+    """
     plans = make_plans(placement)
     areas = piece_areas(placement)
     first = placement.cu_seqlens[placement.document]
@@ -64,7 +66,9 @@ def _spans(values: np.ndarray) -> str:
 
 
 def draw_plans(placement: Placement, path: Path) -> None:
-    """Draws the placement as PNG: the window on top, a lane a rank below it, beside it the rows each rank sends each."""
+    """Draws the placement as PNG: the window on top, a lane a rank below it, beside it the rows each rank
+    sends each.
+    """
     import matplotlib
 
     matplotlib.use("Agg")

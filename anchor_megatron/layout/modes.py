@@ -8,9 +8,10 @@ A window of documents, each led by a copy of the anchor (a):
     document_reset  0  1  2  0  1  2  3        spans 0-3, 3-7
     anchor          0  1  2  0  3  4  5        spans 0-3, 3-7
 
-Inside a span attention is causal. In `anchor` every anchor stands at position 0 and the j-th other token of the window at j:
-the numbering of the paper's shared form (arXiv 2411.13476), in which one anchor serves all documents. As the anchor sees
-only itself, its copies compute the same keys and values, and both forms compute the same model.
+Inside a span attention is causal. In `anchor` every anchor stands at position 0 and the j-th other token of
+the window at j: the numbering of the paper's shared form (arXiv 2411.13476), in which one anchor serves all
+documents. As the anchor sees only itself, its copies compute the same keys and values, and both forms compute
+the same model.
 """
 
 from __future__ import annotations
@@ -23,10 +24,11 @@ MODES = ("full", "document", "document_reset", "anchor")
 
 
 def attention_cu_seqlens(mode: str, cu_seqlens: np.ndarray, *, window_length: int) -> np.ndarray:
-    """Borders int64 [spans + 1] of what attends to itself: whole windows in mode `full`, documents in the others.
+    """Borders int64 [spans + 1] of what attends to itself: whole windows in mode `full`, documents in the
+    others.
 
-    `cu_seqlens` int64 [documents + 1] are document borders over one or more windows of `window_length` tokens laid one
-    after another. ValueError for an unknown mode or a document that crosses a window's end.
+    `cu_seqlens` int64 [documents + 1] are document borders over one or more windows of `window_length` tokens
+    laid one after another. ValueError for an unknown mode or a document that crosses a window's end.
     """
     _check(mode, cu_seqlens, window_length)
     if mode == "full":
@@ -35,7 +37,9 @@ def attention_cu_seqlens(mode: str, cu_seqlens: np.ndarray, *, window_length: in
 
 
 def positions(mode: str, cu_seqlens: np.ndarray, *, window_length: int) -> np.ndarray:
-    """Position int64 [T] of every token; each window starts anew. Arguments and errors as in `attention_cu_seqlens`."""
+    """Position int64 [T] of every token; each window starts anew. Arguments and errors as in
+    `attention_cu_seqlens`.
+    """
     _check(mode, cu_seqlens, window_length)
     tokens = np.arange(cu_seqlens[-1], dtype=np.int64)
     if mode in ("full", "document"):

@@ -4,9 +4,9 @@
                                                       zigzag     rank 0: 0-4, 12-16   rank 1: 4-12 (cut at 5 and 8)
                                                       contiguous rank 0: 0-8          rank 1: 8-16
 
-`zigzag` and `contiguous` cut the window without looking at its documents. `document` keeps a document whole on one rank
-where the rank's share of the attention area allows it and splits the large ones, zigzag, over just enough ranks; small
-documents then fill every rank to its last token.
+`zigzag` and `contiguous` cut the window without looking at its documents. `document` keeps a document whole
+on one rank where the rank's share of the attention area allows it and splits the large ones, zigzag, over
+just enough ranks; small documents then fill every rank to its last token.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ class Placement:
 def place(kind: str, cu_seqlens: np.ndarray, *, context_parallel_size: int, window_length: int) -> Placement:
     """Places the tokens of attention spans `cu_seqlens` int64 [D+1] on the ranks.
 
-    `zigzag` and `contiguous` cut each window of `window_length` tokens alike, `document` places all windows together.
-    ValueError for an unknown kind, or where the ranks do not divide the tokens they share.
+    `zigzag` and `contiguous` cut each window of `window_length` tokens alike, `document` places all windows
+    together. ValueError for an unknown kind, or where the ranks do not divide the tokens they share.
     """
     if kind not in PLACEMENTS:
         raise ValueError(f"placement: got {kind!r}, expected one of {', '.join(PLACEMENTS)}")
@@ -68,7 +68,9 @@ def balance(placement: Placement) -> float:
 
 
 def _zigzag(tokens: int, ranks: int) -> tuple[np.ndarray, np.ndarray]:
-    """Ends of the 2 * ranks chunks of `tokens` and the rank of each; a chunk and its mirror image make equal shares."""
+    """Ends of the 2 * ranks chunks of `tokens` and the rank of each; a chunk and its mirror image make equal
+    shares.
+    """
     shares = np.diff(np.arange(ranks + 1) * tokens // ranks)
     first = shares // 2
     lengths = np.concatenate([first, (shares - first)[::-1]])

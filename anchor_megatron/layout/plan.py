@@ -1,13 +1,14 @@
-"""The plan of one rank: what it holds, in which order, what it attends to at once, what it waits for, whom it serves.
+"""The plan of one rank: what it holds, in which order, what it attends to at once, what it waits for, whom it
+serves.
 
 One document of 8 tokens on two ranks, zigzag; rank 0 holds tokens 0-1 and 6-7, rank 1 tokens 2-5:
 
     rank 0   rows 0 1 | 6 7    local: tokens 0-1 see only themselves    waiting: 6-7 need 0-7, so receive 2 3 4 5
     rank 1   rows     | 2 3 4 5                                         waiting: 2-5 need 0-5, so receive 0 1
 
-A *local* piece begins its document, so that its keys are exactly its own rows; every other piece is *waiting*. Local rows
-come first, and each group is in token order: both outputs are slices. A key is fetched once a rank, also where two
-pieces of the rank need it.
+A *local* piece begins its document, so that its keys are exactly its own rows; every other piece is
+*waiting*. Local rows come first, and each group is in token order: both outputs are slices. A key is fetched
+once a rank, also where two pieces of the rank need it.
 """
 
 from __future__ import annotations
@@ -25,15 +26,14 @@ __all__ = ["Plan", "check_plans", "make_plan", "make_plans"]
 class Plan:
     """What one rank does with a micro-batch; T tokens held, L local pieces, W waiting ones, R received rows.
 
-    token_index       int64 [T]    micro-batch token of every row
-    local_tokens                   rows [0, local_tokens) are the local pieces
-    cu_seqlens_local  int32 [L+1]  their borders, as queries and as keys
-    cu_seqlens_q      int32 [W+1]  waiting pieces' queries, counted from row local_tokens
-    cu_seqlens_k      int32 [W+1]  their keys, each piece's from its document's first token to its own last
-    key_index         int32 [K]    row, among own rows and then received ones, of every such key
-    send_index        int32 [S]    own rows to send, by destination rank, in token order within
-    send_counts, recv_counts       rows to and from every rank; received rows lie by source, in token order within
-    area                           visible (query, key) pairs
+    token_index       int64 [T]    micro-batch token of every row local_tokens                   rows [0,
+    local_tokens) are the local pieces cu_seqlens_local  int32 [L+1]  their borders, as queries and as keys
+    cu_seqlens_q      int32 [W+1]  waiting pieces' queries, counted from row local_tokens cu_seqlens_k
+    int32 [W+1]  their keys, each piece's from its document's first token to its own last key_index
+    int32 [K]    row, among own rows and then received ones, of every such key send_index        int32 [S]
+    own rows to send, by destination rank, in token order within send_counts, recv_counts       rows to and
+    from every rank; received rows lie by source, in token order within area                           visible
+    (query, key) pairs
     """
 
     token_index: np.ndarray
@@ -105,7 +105,9 @@ def _needed(placement: Placement, waiting: np.ndarray) -> np.ndarray:
 
 
 def _sends(placement: Placement, rank: int, row_of: np.ndarray) -> tuple[np.ndarray, tuple[int, ...]]:
-    """Own rows by destination: each of this rank's pieces goes to every rank with a later piece of its document."""
+    """Own rows by destination: each of this rank's pieces goes to every rank with a later piece of its
+    document.
+    """
     ranks, documents = placement.context_parallel_size, placement.cu_seqlens.size - 1
     split = np.unique(placement.document[placement.start != placement.cu_seqlens[placement.document]])
     compact = np.full(documents, -1)

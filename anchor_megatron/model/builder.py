@@ -1,4 +1,6 @@
-"""From a configuration to the model: Megatron-Core's TransformerConfig, the layer spec, the GPT of this pipeline stage."""
+"""From a configuration to the model: Megatron-Core's TransformerConfig, the layer spec, the GPT of this
+pipeline stage.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +30,8 @@ __all__ = ["build_model", "padded_vocab_size", "transformer_config"]
 
 
 def build_model(config: Config) -> AnchorGPT:
-    """The part of the model that this rank's pipeline stage holds, on its device. Needs Megatron-Core's groups.
+    """The part of the model that this rank's pipeline stage holds, on its device. Needs Megatron-Core's
+    groups.
 
     Raises ValueError where `model.vocab_size` is null (training fills it in from the data set).
     """
@@ -65,7 +68,9 @@ def padded_vocab_size(config: Config) -> int:
 
 
 def transformer_config(config: Config, *, attention_factor: float = 1.0) -> TransformerConfig:
-    """Megatron-Core's configuration of the layers. `attention_factor` is YaRN's: it multiplies queries and keys."""
+    """Megatron-Core's configuration of the layers. `attention_factor` is YaRN's: it multiplies queries and
+    keys.
+    """
     model, parallel, train = config.model, config.parallel, config.train
     dtype = torch.bfloat16 if train.precision == "bf16" else torch.float32
     on_gpu = _device().type == "cuda"

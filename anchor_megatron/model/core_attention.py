@@ -1,8 +1,8 @@
 """Megatron-Core's `core_attention`, executing a plan.
 
-The plan travels beside the activations in `PlannedSeqParams`, which Megatron-Core hands from GPTModel.forward to every
-layer untouched, also under activation recomputation. Its `qkv_format` is "sbhd", so that Megatron-Core's own branches for
-packed ("thd") batches, which know neither pieces nor waiting rows, stay out.
+The plan travels beside the activations in `PlannedSeqParams`, which Megatron-Core hands from GPTModel.forward
+to every layer untouched, also under activation recomputation. Its `qkv_format` is "sbhd", so that
+Megatron-Core's own branches for packed ("thd") batches, which know neither pieces nor waiting rows, stay out.
 
 Legend: T rows of this rank, N query heads, G key/value heads (both per tensor-parallel rank), H head dim.
 """
@@ -45,7 +45,9 @@ class PlannedCoreAttention(MegatronModule):
         pg_collection: ProcessGroupCollection | None = None,
         **unused: Any,
     ) -> None:
-        """`softmax_scale` defaults to 1/sqrt(H). Megatron-Core's other arguments describe masks a plan already holds."""
+        """`softmax_scale` defaults to 1/sqrt(H). Megatron-Core's other arguments describe masks a plan
+        already holds.
+        """
         super().__init__(config=config)
         self.kernel = kernel
         self.scale = softmax_scale if softmax_scale is not None else config.kv_channels**-0.5
@@ -61,7 +63,9 @@ class PlannedCoreAttention(MegatronModule):
         packed_seq_params: PlannedSeqParams | None = None,
         **unused: Any,
     ) -> Tensor:
-        """[T, 1, N*H] for query [T, 1, N, H], key and value [T, 1, G, H]. There is no mask: the plan is the mask."""
+        """[T, 1, N*H] for query [T, 1, N, H], key and value [T, 1, G, H]. There is no mask: the plan is the
+        mask.
+        """
         assert isinstance(packed_seq_params, PlannedSeqParams) and packed_seq_params.plan is not None, (
             f"got packed_seq_params {packed_seq_params!r}, expected PlannedSeqParams with a plan"
         )

@@ -1,8 +1,8 @@
 """Megatron-Core's GPTModel with rotary angles from explicit positions.
 
-GPTModel gives its rotary module a sequence length and lets it count; under context parallelism it also assumes zigzag
-shards. Here positions are data: `position_ids` [1, T] goes in, and one override of `_preprocess` puts the angles where
-the rotary module's would have been, on every pipeline stage.
+GPTModel gives its rotary module a sequence length and lets it count; under context parallelism it also
+assumes zigzag shards. Here positions are data: `position_ids` [1, T] goes in, and one override of
+`_preprocess` puts the angles where the rotary module's would have been, on every pipeline stage.
 """
 
 from __future__ import annotations
@@ -21,7 +21,9 @@ _ROTARY_SLOT = 1  # of the tuple that GPTModel._preprocess returns
 
 
 class AnchorGPT(GPTModel):
-    """A GPTModel whose `position_ids` are honoured. `vocab_size` is the padded one, `real_vocab_size` the tokenizer's."""
+    """A GPTModel whose `position_ids` are honoured. `vocab_size` is the padded one, `real_vocab_size` the
+    tokenizer's.
+    """
 
     def __init__(self, *args: Any, inverse_frequencies: Tensor, real_vocab_size: int, **kwargs: Any) -> None:
         super().__init__(*args, position_embedding_type="none", **kwargs)

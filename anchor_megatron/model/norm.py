@@ -1,7 +1,7 @@
 """An RMS norm for Megatron-Core's local layers.
 
-Megatron-Core's own wrapper of torch's RMSNorm refuses sequence parallelism; all it needs is the mark on the weight that
-makes Megatron-Core sum its gradient over the tensor-parallel ranks.
+Megatron-Core's own wrapper of torch's RMSNorm refuses sequence parallelism; all it needs is the mark on the
+weight that makes Megatron-Core sum its gradient over the tensor-parallel ranks.
 """
 
 from __future__ import annotations

@@ -1,12 +1,14 @@
-"""Inverse frequencies of the rotary embedding, plain or stretched, from Hugging Face's `rope_scaling` dictionary.
+"""Inverse frequencies of the rotary embedding, plain or stretched, from Hugging Face's `rope_scaling`
+dictionary.
 
     inverse_frequencies(head_dim=4, rotary_base=100.0, rope_scaling=None, ...)           -> [1, 1/10],  1.0
     inverse_frequencies(..., rope_scaling={"rope_type": "linear", "factor": 2.0}, ...)   -> [1/2, 1/20], 1.0
 
-The angle of a token at position p in pair i is p * frequency[i]. Every constant comes from the dictionary; only
-what Hugging Face documents as optional (YaRN's betas, `truncate`, `attention_factor`) may be left out. The kind is
-named by `rope_type`, or by `type` in older files; `rope_theta` may stand in the dictionary (transformers 5's
-`rope_parameters`) but then it must be the `rotary_base` given. All in fp64: transformers does the sums in fp32.
+The angle of a token at position p in pair i is p * frequency[i]. Every constant comes from the dictionary;
+only what Hugging Face documents as optional (YaRN's betas, `truncate`, `attention_factor`) may be left out.
+The kind is named by `rope_type`, or by `type` in older files; `rope_theta` may stand in the dictionary
+(transformers 5's `rope_parameters`) but then it must be the `rotary_base` given. All in fp64: transformers
+does the sums in fp32.
 
 Sources: transformers' `modeling_rope_utils.py`; linear: kaiokendev; dynamic: NTK-aware scaling of bloc97 and
 emozilla; yarn: arXiv 2309.00071; llama3: the Llama 3.1 reference code.
@@ -67,11 +69,13 @@ def inverse_frequencies(
     max_position_embeddings: int | None,
     seq_length: int | None,
 ) -> _Scaled:
-    """Radians a token for each pair of the head, fp64 [H/2], and YaRN's attention factor (1.0 for the other kinds).
+    """Radians a token for each pair of the head, fp64 [H/2], and YaRN's attention factor (1.0 for the other
+    kinds).
 
-    The attention factor multiplies queries and keys alike, so scores carry its square. `seq_length` (the longest
-    sequence met) and `max_position_embeddings` matter to `dynamic` only. Raises ValueError naming the field for an
-    odd head_dim, an unknown kind, and a constant that is missing, of no use to the kind, or out of range.
+    The attention factor multiplies queries and keys alike, so scores carry its square. `seq_length` (the
+    longest sequence met) and `max_position_embeddings` matter to `dynamic` only. Raises ValueError naming the
+    field for an odd head_dim, an unknown kind, and a constant that is missing, of no use to the kind, or out
+    of range.
     """
     if head_dim < 2 or head_dim % 2:
         raise ValueError(f"head_dim: got {head_dim}, expected a positive even number")

@@ -2,8 +2,8 @@
 
     angle[t, i] = position[t] * inverse_frequency[i]   computed in fp64, reduced mod 2 pi, stored in fp32
 
-An fp32 product is off by up to half a unit in its last place, which at position 1,048,575 is 0.06 rad; reduced first, the
-stored angle is off by 2e-7 rad at any position. All layers of a step share one table.
+An fp32 product is off by up to half a unit in its last place, which at position 1,048,575 is 0.06 rad;
+reduced first, the stored angle is off by 2e-7 rad at any position. All layers of a step share one table.
 
 Legend: T tokens, H head dim.
 """
@@ -31,7 +31,9 @@ class RotaryAngles(nn.Module):
         self._fp64 = inverse_frequencies
 
     def forward(self, positions_T: Tensor) -> Tensor:
-        """Angles fp32 [T, 1, 1, H] in [0, 2 pi) for integer positions [T]; the two halves of H repeat each other."""
+        """Angles fp32 [T, 1, 1, H] in [0, 2 pi) for integer positions [T]; the two halves of H repeat each
+        other.
+        """
         if self._fp64.device != positions_T.device:
             self._fp64 = self._fp64.to(positions_T.device)
         angles = torch.outer(positions_T.to(torch.float64), self._fp64).remainder_(2 * math.pi).float()

@@ -1,1 +1,3 @@
-"""From a configuration to a trained model: batches, loss, the step, checkpoints, reports and the loop around them."""
+"""From a configuration to a trained model: batches, loss, the step, checkpoints, reports and the loop around
+them.
+"""

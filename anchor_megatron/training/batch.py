@@ -2,8 +2,9 @@
 
     windows (B of S tokens) -> positions, placement -> this rank's plan -> its tokens, in the plan's order
 
-The first half runs in a loader's worker (`plan_batch`, numpy), the second on the device (`PlannedBatch.to`, one copy).
-Windows of a micro-batch lie one after another as a single packed sequence; documents of all of them are placed together.
+The first half runs in a loader's worker (`plan_batch`, numpy), the second on the device (`PlannedBatch.to`,
+one copy). Windows of a micro-batch lie one after another as a single packed sequence; documents of all of
+them are placed together.
 
 Legend: B windows, S tokens a window, T rows of this rank = B * S / context_parallel_size.
 """
@@ -28,7 +29,9 @@ __all__ = ["Batch", "BatchStats", "PlannedBatch", "plan_batch"]
 
 @dataclass(frozen=True)
 class BatchStats:
-    """Figures of one micro-batch for the log; all but `received_tokens` are the same on every context-parallel rank."""
+    """Figures of one micro-batch for the log; all but `received_tokens` are the same on every
+    context-parallel rank.
+    """
 
     tokens: int  # documents' own tokens: neither anchors nor padding
     documents: int  # pieces of documents in the windows

@@ -4,8 +4,9 @@
                     config.yaml   the run's configuration
     <directory>/latest            the name of the newest complete one
 
-A checkpoint is written beside its final name and renamed when every rank is done: a folder called step_* is complete.
-The position in the data is the step: windows are a function of (seed, step), so there is nothing else to keep.
+A checkpoint is written beside its final name and renamed when every rank is done: a folder called step_* is
+complete. The position in the data is the step: windows are a function of (seed, step), so there is nothing
+else to keep.
 """
 
 from __future__ import annotations
@@ -55,7 +56,9 @@ def load_checkpoint(trainee: Trainee, folder: Path) -> int:
 
 
 def load_pretrained(trainee: Trainee, directory: str) -> None:
-    """Takes the weights alone from the newest checkpoint in `directory` (or from that checkpoint's own folder)."""
+    """Takes the weights alone from the newest checkpoint in `directory` (or from that checkpoint's own
+    folder).
+    """
     path = Path(directory)
     folder = path if (path / "metadata.json").is_file() else latest_checkpoint(path)
     if folder is None:
@@ -68,7 +71,9 @@ def load_pretrained(trainee: Trainee, directory: str) -> None:
 
 
 def latest_checkpoint(directory: Path) -> Path | None:
-    """The newest complete checkpoint in `directory`, None where there is none; ValueError where `latest` misleads."""
+    """The newest complete checkpoint in `directory`, None where there is none; ValueError where `latest`
+    misleads.
+    """
     pointer = directory / "latest"
     if not pointer.is_file():
         return None

@@ -1,8 +1,8 @@
 """Floating-point operations of a training step, from the model's shape and the mask's true area.
 
-A matrix product of a token with a weight of n entries takes 2n operations forward and 4n backward. Attention takes
-4 * N * H operations a visible (query, key) pair forward and twice that backward. Recomputation and everything that is no
-matrix product are not counted, so the utilisation is of the model's own work.
+A matrix product of a token with a weight of n entries takes 2n operations forward and 4n backward. Attention
+takes 4 * N * H operations a visible (query, key) pair forward and twice that backward. Recomputation and
+everything that is no matrix product are not counted, so the utilisation is of the model's own work.
 """
 
 from __future__ import annotations
@@ -21,7 +21,9 @@ _PEAKS = {"H100": 989.0, "H200": 989.0, "H20": 148.0, "H800": 989.0, "A100": 312
 
 
 def step_flops(model: ModelConfig, *, tokens: int, area: int) -> float:
-    """Operations of forward and backward for `tokens` rows (anchors included) and `area` visible pairs a layer."""
+    """Operations of forward and backward for `tokens` rows (anchors included) and `area` visible pairs a
+    layer.
+    """
     head_dim = model.kv_channels or model.hidden_size // model.num_attention_heads
     projections = model.hidden_size * head_dim * (2 * model.num_attention_heads + 2 * model.num_query_groups)
     experts = 1 if model.num_experts is None else model.moe_topk
@@ -34,7 +36,9 @@ def step_flops(model: ModelConfig, *, tokens: int, area: int) -> float:
 
 
 def peak_tflops(given: float | None) -> float | None:
-    """Peak TFLOP/s of one rank: `given`, else the GPU's by its name, else a CPU's measured fp32 matrix product."""
+    """Peak TFLOP/s of one rank: `given`, else the GPU's by its name, else a CPU's measured fp32 matrix
+    product.
+    """
     if given is not None:
         return given
     if not torch.cuda.is_available():

@@ -1,7 +1,7 @@
 """Batches of one rank, in order, from any step on. Workers pack and plan ahead of the training loop.
 
-Micro-batch m of step s is a function of the configuration and (s, m) alone, so a loader that starts at step 500 gives what
-one that started at 0 gives there.
+Micro-batch m of step s is a function of the configuration and (s, m) alone, so a loader that starts at step
+500 gives what one that started at 0 gives there.
 """
 
 from __future__ import annotations
@@ -77,7 +77,9 @@ class BatchDataset(Dataset):
 def batches(
     config: Config, windows: WindowDataset, *, first_step: int, pin_memory: bool
 ) -> Iterator[PlannedBatch]:
-    """This rank's batches from `first_step` to the end of the run, planned ahead by `data.num_workers` processes."""
+    """This rank's batches from `first_step` to the end of the run, planned ahead by `data.num_workers`
+    processes.
+    """
     dataset = BatchDataset(config, windows)
     workers = config.data.num_workers
     return iter(

@@ -1,4 +1,5 @@
-"""What a run says of itself: one line a report on the console, the same figures to JSONL, TensorBoard and W&B.
+"""What a run says of itself: one line a report on the console, the same figures to JSONL, TensorBoard and
+W&B.
 
 Every rank adds its share to one small all-reduce; the first rank writes.
 """
@@ -36,7 +37,9 @@ class Reporter:
         self.sinks = _sinks(config) if dist.get_rank() == 0 else []
 
     def step(self, step: int, result: StepResult, *, learning_rate: float) -> dict[str, Any] | None:
-        """Takes in step `step` (1 is the first). On a reporting step returns the figures since the last report."""
+        """Takes in step `step` (1 is the first). On a reporting step returns the figures since the last
+        report.
+        """
         self.pending.append(result)
         if step % self.config.log.interval and step not in (
             self.config.train.steps,

@@ -24,7 +24,8 @@ def rank_device() -> torch.device:
 
 
 def initialize_ranks(config: Config) -> None:
-    """Joins the process group that `torchrun` describes (a lone process is a group of one) and divides its ranks.
+    """Joins the process group that `torchrun` describes (a lone process is a group of one) and divides its
+    ranks.
 
     ValueError where the number of ranks does not fit the configuration.
     """

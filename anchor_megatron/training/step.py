@@ -1,7 +1,9 @@
-"""One optimizer step: micro-batches through Megatron-Core's schedule, gradients over global tokens, clip, update.
+"""One optimizer step: micro-batches through Megatron-Core's schedule, gradients over global tokens, clip,
+update.
 
-The loss is a sum over tokens. Every rank reports the sum and the number of tokens it counted; gradients are summed over
-ranks and divided by the global number once, so a rank whose tokens are all masked adds nothing and breaks nothing.
+The loss is a sum over tokens. Every rank reports the sum and the number of tokens it counted; gradients are
+summed over ranks and divided by the global number once, so a rank whose tokens are all masked adds nothing
+and breaks nothing.
 """
 
 from __future__ import annotations
@@ -49,7 +51,9 @@ class Trainee:
 
 @dataclass(frozen=True)
 class StepResult:
-    """This rank's part of a step. `loss` fp32 [2]: summed loss and counted tokens (zeros but on the last stage)."""
+    """This rank's part of a step. `loss` fp32 [2]: summed loss and counted tokens (zeros but on the last
+    stage).
+    """
 
     loss: Tensor
     stats: list[BatchStats] = field(default_factory=list)
@@ -94,7 +98,9 @@ def forward_backward(
     *,
     forward_only: bool = False,
 ) -> tuple[Tensor, list[BatchStats]]:
-    """Loss (as in `StepResult`) and figures of one step's micro-batches; gradients are left in the model's buffers."""
+    """Loss (as in `StepResult`) and figures of one step's micro-batches; gradients are left in the model's
+    buffers.
+    """
     stats: list[BatchStats] = []
     tokens = config.data.seq_length * config.train.micro_batch_size
     reported = get_forward_backward_func()(
@@ -130,14 +136,18 @@ def _forward_step(stats: list[BatchStats], batches: Iterator[PlannedBatch], mode
 
 
 def _sum_loss(loss_mask: Tensor, losses: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """What Megatron-Core's schedules take where the loss is per token: the sum, the tokens counted, the report."""
+    """What Megatron-Core's schedules take where the loss is per token: the sum, the tokens counted, the
+    report.
+    """
     total = (losses.float() * loss_mask).sum()
     count = loss_mask.sum()
     return total, count.to(torch.int), torch.stack((total.detach(), count))
 
 
 def _finalize_gradients(model: list[Any], num_tokens: Tensor | None = None, **kwargs: Any) -> None:
-    """Megatron-Core's reductions, then the division by the step's tokens, done without asking the device for the number."""
+    """Megatron-Core's reductions, then the division by the step's tokens, done without asking the device for
+    the number.
+    """
     finalize_model_grads(model, None, **kwargs)
     assert num_tokens is not None, "the loss is summed over tokens, so their number has to arrive here"
     dist.broadcast(
