@@ -1,11 +1,10 @@
-"""Lets Megatron-Core run without a GPU. `install()` once per process, before Megatron builds anything; never
-with a GPU.
+"""Lets Megatron-Core run without a GPU. `install()` once per process, before it builds anything.
 
 Megatron-Core 0.16 names CUDA outright in three ways, each given its stand-in here:
 
-    torch.zeros(1, device="cuda"), p.cuda()           the device becomes the CPU          (a TorchFunctionMode)
-    p.type() == "torch.cuda.FloatTensor"              CPU tensors answer as CUDA's do     (the same mode)
-    torch.cuda.current_device(), streams, RNG state   no-ops and the CPU's generator      (attributes of torch.cuda)
+    torch.zeros(1, device="cuda"), p.cuda()          the device becomes the CPU       (a TorchFunctionMode)
+    p.type() == "torch.cuda.FloatTensor"             CPU tensors answer as CUDA's do  (the same mode)
+    torch.cuda.current_device(), streams, RNG state  no-ops, the CPU's generator      (set on torch.cuda)
 
 The same module mends what breaks in Megatron-Core when its optimizer is torch's AdamW (neither
 TransformerEngine nor Apex present): loading a checkpoint asks for a tensor that does not exist, and gives
@@ -69,8 +68,7 @@ def install() -> None:
         return
     if torch.cuda.is_available():
         raise RuntimeError("cpu.install(): got a machine with a CUDA device, expected one without")
-    # gradient hooks pass through the mode below, and torch then takes Megatron-Core's look at .grad for a
-    # mistake
+    # gradient hooks pass through the mode below; torch then takes Megatron-Core's look at .grad for a mistake
     warnings.filterwarnings("ignore", message="The .grad attribute of a Tensor that is not a leaf")
     _stand_in_for_cuda()
     mode = _CudaMeansCpu()
@@ -102,7 +100,7 @@ def _stand_in_for_cuda() -> None:
 
 
 def _mend_torch_adam(optimizer_class: Any) -> None:
-    """Two faults of DistributedOptimizer over torch's AdamW (Megatron-Core 0.16.1); see the file's opening."""
+    """Two faults of Megatron-Core 0.16.1's optimizer over torch's AdamW; see the file's opening."""
     load_state_dict = optimizer_class.load_state_dict
 
     @torch.no_grad()

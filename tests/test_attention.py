@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from anchor_megatron.attention.execute import planned_attention
-from anchor_megatron.attention.kernels import TorchCpuKernel
+from anchor_megatron.attention.kernels_cpu import TorchCpuKernel
 from anchor_megatron.attention.oracle import dense_attention
 from anchor_megatron.attention.plan_tensors import PlanTensors, plan_arrays, plan_tensors
 from anchor_megatron.layout.modes import MODES, attention_cu_seqlens, visible

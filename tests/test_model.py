@@ -185,14 +185,14 @@ def embedding_gradients_on_rank(
     gpt.embedding.register_forward_hook(
         lambda module, inputs, output: kept.append(output.retain_grad() or output)
     )
-    losses = gpt(
+    gpt(
         batch.tokens,
         batch.positions,
         None,
         labels=batch.labels,
+        loss_mask=batch.loss_mask,
         packed_seq_params=PlannedSeqParams(plan=batch.plan),
-    )
-    (losses * batch.loss_mask).sum().backward()
+    ).backward()
     return token_index, kept[0].grad[:, 0]
 
 

@@ -1,5 +1,4 @@
-"""Text to a data set that pretrain_anchor.py reads: PREFIX.bin, PREFIX.idx, PREFIX.json and
-PREFIX_tokenizer/.
+"""Text to a data set that pretrain_anchor.py reads: PREFIX.bin, .idx, .json and PREFIX_tokenizer/.
 
 python tools/preprocess_data.py corpus.jsonl --tokenizer models/llama-3 --output data/corpus --workers 8
 python tools/preprocess_data.py src/ --suffix .py .md --train-tokenizer 8192 --output data/src
@@ -50,8 +49,9 @@ def main() -> int:
         print(f"preprocess_data.py: {error}", file=sys.stderr)
         return 2
     print(
-        f"{summary.documents:,} documents ({summary.empty:,} without text skipped), {summary.tokens:,} tokens, "
-        f"longest {summary.longest:,}, {summary.tokens / seconds:,.0f} tokens/s, anchor token {summary.anchor_token}"
+        f"{summary.documents:,} documents ({summary.empty:,} without text skipped), {summary.tokens:,} "
+        f"tokens, longest {summary.longest:,}, {summary.tokens / seconds:,.0f} tokens/s, "
+        f"anchor token {summary.anchor_token}"
     )
     return 0
 

@@ -1,5 +1,4 @@
-"""Shows how a window is divided among context-parallel ranks: pieces, positions, who waits for whom, who
-sends what.
+"""Shows how a window is divided among context-parallel ranks: pieces, positions, who waits, who sends.
 
 python tools/show_plan.py --lengths 5,9,1,40,9 --cp 4
 python tools/show_plan.py --data data/corpus --seq-length 8192 --window 3 --cp 8 --plot plan.png

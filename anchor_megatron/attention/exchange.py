@@ -13,11 +13,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from anchor_megatron.attention.plan_tensors import PlanTensors
+from anchor_megatron.attention.rows import pack_rows
 
 __all__ = ["InFlight", "start_exchange", "start_exchange_adjoint"]
 
@@ -39,25 +39,34 @@ class InFlight:
         return self.arriving
 
 
-def start_exchange(k_TGH: Tensor, v_TGH: Tensor, plan: PlanTensors, group: dist.ProcessGroup) -> InFlight:
+def start_exchange(
+    k_TGH: Tensor, v_TGH: Tensor, plan: PlanTensors, group: dist.ProcessGroup | None
+) -> InFlight:
     """Starts sending this rank's rows `plan.send_index`; what arrives has `plan.received_tokens` rows.
 
     Its adjoint is `start_exchange_adjoint` with the gradients of the received rows.
     """
-    leaving = torch.stack([x.index_select(0, plan.send_index) for x in (k_TGH, v_TGH)], dim=1)
-    return _all_to_all(leaving, plan.send_counts, plan.recv_counts, group)
+    return _all_to_all(pack_rows(k_TGH, v_TGH, plan), plan.send_counts, plan.recv_counts, group)
 
 
-def start_exchange_adjoint(drecv_R2GH: Tensor, plan: PlanTensors, group: dist.ProcessGroup) -> InFlight:
+def start_exchange_adjoint(
+    drecv_R2GH: Tensor, plan: PlanTensors, group: dist.ProcessGroup | None
+) -> InFlight:
     """Starts sending gradients of received rows home; what arrives belongs to the rows `plan.send_index`."""
     return _all_to_all(drecv_R2GH, plan.recv_counts, plan.send_counts, group)
 
 
 def _all_to_all(
-    leaving: Tensor, send_counts: tuple[int, ...], recv_counts: tuple[int, ...], group: dist.ProcessGroup
+    leaving: Tensor,
+    send_counts: tuple[int, ...],
+    recv_counts: tuple[int, ...],
+    group: dist.ProcessGroup | None,
 ) -> InFlight:
     arriving = leaving.new_empty((sum(recv_counts), *leaving.shape[1:]))
+    if len(send_counts) == 1:  # one rank: nobody to send to
+        return InFlight(arriving, leaving, None)
+    assert group is not None, "a plan for several context-parallel ranks needs their process group"
     work = dist.all_to_all_single(
-        arriving, leaving.contiguous(), list(recv_counts), list(send_counts), group=group, async_op=True
+        arriving, leaving, list(recv_counts), list(send_counts), group=group, async_op=True
     )
     return InFlight(arriving, leaving, work)

@@ -20,7 +20,7 @@ __all__ = ["PackedArrays", "PlanTensors", "plan_arrays", "plan_tensors"]
 
 @dataclass(frozen=True)
 class PackedArrays:
-    """Named integer arrays in one int32 buffer. `buffer` int32 [total]; `names` and `sizes` in buffer order."""
+    """Named integer arrays in one int32 buffer; `names` and `sizes` in its order."""
 
     buffer: Tensor
     names: tuple[str, ...]
@@ -28,7 +28,7 @@ class PackedArrays:
 
     @classmethod
     def pack(cls, arrays: dict[str, np.ndarray]) -> PackedArrays:
-        """Flattens one-dimensional arrays whose values fit into int32; ValueError naming one that does not."""
+        """Flattens one-dimensional arrays; ValueError naming one whose values do not fit into int32."""
         for name, array in arrays.items():
             if array.size and not -(2**31) <= int(array.min()) <= int(array.max()) < 2**31:
                 raise ValueError(
@@ -59,6 +59,8 @@ class PlanTensors:
     cu_seqlens_k: Tensor
     key_index: Tensor
     send_index: Tensor
+    gradient_offsets: Tensor
+    gradient_sources: Tensor
     send_counts: tuple[int, ...]
     recv_counts: tuple[int, ...]
     max_seqlen_local: int
@@ -72,16 +74,36 @@ class PlanTensors:
 
 
 _ARRAYS = ("cu_seqlens_local", "cu_seqlens_q", "cu_seqlens_k", "key_index", "send_index")
-_NUMBERS = ("local_tokens", "send_counts", "recv_counts", "max_seqlen_local", "max_seqlen_q", "max_seqlen_k")
 
 
 def plan_arrays(plan: Plan) -> dict[str, np.ndarray]:
-    """The arrays of `plan` that the device needs."""
-    return {name: getattr(plan, name) for name in _ARRAYS}
+    """The arrays of `plan` that the device needs, and where every row's gradients come from (see `rows.py`).
+
+    Gradients of K gathered keys and of S sent rows lie one after another; row i, own or received, is the sum of those
+    at gradient_sources[gradient_offsets[i] : gradient_offsets[i+1]].
+    """
+    rows = plan.token_index.size + sum(plan.recv_counts)
+    homes = np.concatenate([plan.key_index, plan.send_index])
+    sources = np.argsort(homes, kind="stable")
+    offsets = np.concatenate([[0], np.cumsum(np.bincount(homes, minlength=rows))])
+    arrays = {name: getattr(plan, name) for name in _ARRAYS}
+    return arrays | {"gradient_offsets": offsets, "gradient_sources": sources}
 
 
 def plan_tensors(plan: Plan, arrays: dict[str, Tensor]) -> PlanTensors:
-    """The device form of `plan` from its numbers and the moved `arrays` (int32)."""
+    """The device form of `plan` from its numbers and the moved arrays (int32)."""
     return PlanTensors(
-        **{name: getattr(plan, name) for name in _NUMBERS}, **{name: arrays[name] for name in _ARRAYS}
+        local_tokens=plan.local_tokens,
+        send_counts=plan.send_counts,
+        recv_counts=plan.recv_counts,
+        max_seqlen_local=plan.max_seqlen_local,
+        max_seqlen_q=plan.max_seqlen_q,
+        max_seqlen_k=plan.max_seqlen_k,
+        cu_seqlens_local=arrays["cu_seqlens_local"],
+        cu_seqlens_q=arrays["cu_seqlens_q"],
+        cu_seqlens_k=arrays["cu_seqlens_k"],
+        key_index=arrays["key_index"],
+        send_index=arrays["send_index"],
+        gradient_offsets=arrays["gradient_offsets"],
+        gradient_sources=arrays["gradient_sources"],
     )

@@ -1,1 +1,1 @@
-"""Text on disk to packed windows: preprocessing, Megatron's indexed files, packing, who reads which window."""
+"""Text on disk to packed windows: preprocessing, Megatron's indexed format, packing, who reads what."""

@@ -1,7 +1,7 @@
 """Tokenised documents on disk, in Megatron's indexed format, with a summary beside them.
 
     prefix.bin     token ids, one document after another        prefix.idx    where each begins
-    prefix.json    what preprocessing counted and chose: documents, tokens, vocab_size, largest_token, anchor_token
+    prefix.json    what preprocessing counted and chose: documents, tokens, vocabulary, anchor token
 
 Documents are stored without anchors; packing adds them.
 """
@@ -71,8 +71,8 @@ class Documents:
         self.summary = Summary.read(Path(self.prefix + ".json"))
         if vocab_size is not None and self.summary.largest_token >= vocab_size:
             raise ValueError(
-                f"{self.prefix}.bin: got token id {self.summary.largest_token}, expected ids below the model's "
-                f"vocab_size = {vocab_size}"
+                f"{self.prefix}.bin: got token id {self.summary.largest_token}, expected ids below the "
+                f"model's vocab_size = {vocab_size}"
             )
         self._open()
 
@@ -120,8 +120,8 @@ def _read_index(path: str) -> tuple[np.dtype, np.ndarray, np.ndarray]:
     expected = _HEADER.size + sequences * (4 + 8) + borders * 8
     if version != 1 or code not in {one.value for one in DType} or size != expected or borders < 1:
         raise ValueError(
-            f"{path}: got {size} bytes, version {version}, dtype code {code}; expected {expected} bytes for the "
-            f"{sequences} sequences its header counts, version 1"
+            f"{path}: got {size} bytes, version {version}, dtype code {code}; expected {expected} bytes for "
+            f"the {sequences} sequences its header counts, version 1"
         )
     lengths = np.fromfile(path, dtype=np.int32, count=sequences, offset=_HEADER.size)
     where = np.fromfile(path, dtype=np.int64, count=borders, offset=_HEADER.size + sequences * 12)

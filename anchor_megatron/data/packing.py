@@ -3,9 +3,10 @@
 An epoch is a shuffled order of all documents, laid out as one stream of slots: an anchor, then the document's
 tokens. Two documents of 3 and 4 tokens (slots a x y z | a p q r s), windows of 5:
 
-    window 0   a x y z a     the last slot holds an anchor alone: padding, and window 1 begins at this slot again
+    window 0   a x y z a     the last slot holds an anchor alone: padding; window 1 begins at this slot again
     window 1   a p q r s
-    window 2   (windows of 4 instead: a x y z | a p q r | a s . .)   a cut document goes on behind an anchor of its own
+
+Windows of 4 would be a x y z | a p q r | a s . . as a cut document goes on behind an anchor of its own.
 
 So window n+1 begins at the slot where window n ends, or one before it where that cuts a document: the slot
 before the first new token shows the anchor. Starts are a stride of S-1 but for the windows that end exactly

@@ -1,6 +1,6 @@
 """Text to Megatron's indexed format: read, tokenise in worker processes, write in input order.
 
-    files -> records (raw bytes, with file and line) -> batches -> workers: decode, parse, encode -> .bin, .idx, .json
+    files -> records (raw bytes, with file and line) -> batches -> workers: decode, parse, encode -> data set
 
 Records travel as bytes: decoding and parsing happen in the workers, and an error carries the file and the
 line it is in. Output is written beside its final name and renamed at the end, so a failed run leaves no data
@@ -68,12 +68,7 @@ def preprocess(job: Job) -> tuple[Summary, float]:
         written = {suffix: Path(aside) / f"data{suffix}" for suffix in finals}
         _provide_tokenizer(job, files, written["_tokenizer"])
         summary, seconds = _tokenise(job, files, written, finals["_tokenizer"].name)
-        for suffix in (
-            "_tokenizer",
-            ".bin",
-            ".idx",
-            ".json",
-        ):  # the summary last: a prefix without one is no data set
+        for suffix in ("_tokenizer", ".bin", ".idx", ".json"):  # without its summary a prefix is no data set
             if finals[suffix].is_dir():
                 shutil.rmtree(finals[suffix])
             os.replace(written[suffix], finals[suffix])

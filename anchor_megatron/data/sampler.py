@@ -25,7 +25,7 @@ def window_indices(
     """Windows of one replica's micro-batch; steps and micro-batches count from 0."""
     first = (micro_batch * data_parallel_size + data_parallel_rank) * micro_batch_size
     assert first + micro_batch_size <= global_batch_size, (
-        f"micro-batch {micro_batch} of replica {data_parallel_rank} lies beyond the global batch of {global_batch_size}"
+        f"micro-batch {micro_batch} of replica {data_parallel_rank}: not in a batch of {global_batch_size}"
     )
     begin = step * global_batch_size + first
     return range(begin, begin + micro_batch_size)

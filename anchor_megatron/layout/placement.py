@@ -1,8 +1,10 @@
 """Placement: which context-parallel rank holds which tokens. Every rank holds exactly as many as every other.
 
-    documents of 5, 3, 8 tokens on two ranks of 8:    document   rank 0: 0-5, 5-8     rank 1: 8-16
-                                                      zigzag     rank 0: 0-4, 12-16   rank 1: 4-12 (cut at 5 and 8)
-                                                      contiguous rank 0: 0-8          rank 1: 8-16
+    documents of 5, 3 and 8 tokens on two ranks of 8
+
+    document     rank 0: 0-5, 5-8      rank 1: 8-16
+    zigzag       rank 0: 0-4, 12-16    rank 1: 4-5, 5-8, 8-12
+    contiguous   rank 0: 0-5, 5-8      rank 1: 8-16
 
 `zigzag` and `contiguous` cut the window without looking at its documents. `document` keeps a document whole
 on one rank where the rank's share of the attention area allows it and splits the large ones, zigzag, over
@@ -22,7 +24,7 @@ PLACEMENTS = ("document", "zigzag", "contiguous")
 
 @dataclass(frozen=True)
 class Placement:
-    """Pieces in token order. `cu_seqlens` int64 [D+1] attention spans; start, stop, document, rank int64 [P]."""
+    """Pieces in token order, int64 [P] each, of attention spans `cu_seqlens` int64 [D+1]."""
 
     cu_seqlens: np.ndarray
     start: np.ndarray
@@ -89,7 +91,7 @@ def _by_window(kind: str, tokens: int, ranks: int, window_length: int) -> tuple[
 
 
 def _by_document(cu_seqlens: np.ndarray, ranks: int) -> tuple[np.ndarray, np.ndarray]:
-    """Ends of pieces and their ranks. Largest documents first, each on the ranks with the least area so far."""
+    """Ends of pieces and their ranks: largest documents first, each on the ranks with least area so far."""
     lengths = np.diff(cu_seqlens)
     areas = lengths * (lengths + 1) / 2
     room = np.full(ranks, int(cu_seqlens[-1]) // ranks)

@@ -1,10 +1,9 @@
-"""The plan of one rank: what it holds, in which order, what it attends to at once, what it waits for, whom it
-serves.
+"""The plan of one rank: what it holds, in which order, what it waits for, whom it serves.
 
 One document of 8 tokens on two ranks, zigzag; rank 0 holds tokens 0-1 and 6-7, rank 1 tokens 2-5:
 
-    rank 0   rows 0 1 | 6 7    local: tokens 0-1 see only themselves    waiting: 6-7 need 0-7, so receive 2 3 4 5
-    rank 1   rows     | 2 3 4 5                                         waiting: 2-5 need 0-5, so receive 0 1
+    rank 0   holds 0 1 | 6 7     local: 0-1 see only themselves   waiting: 6-7 need 0-7, so receive 2 3 4 5
+    rank 1   holds     | 2 3 4 5                                  waiting: 2-5 need 0-5, so receive 0 1
 
 A *local* piece begins its document, so that its keys are exactly its own rows; every other piece is
 *waiting*. Local rows come first, and each group is in token order: both outputs are slices. A key is fetched
@@ -26,14 +25,16 @@ __all__ = ["Plan", "check_plans", "make_plan", "make_plans"]
 class Plan:
     """What one rank does with a micro-batch; T tokens held, L local pieces, W waiting ones, R received rows.
 
-    token_index       int64 [T]    micro-batch token of every row local_tokens                   rows [0,
-    local_tokens) are the local pieces cu_seqlens_local  int32 [L+1]  their borders, as queries and as keys
-    cu_seqlens_q      int32 [W+1]  waiting pieces' queries, counted from row local_tokens cu_seqlens_k
-    int32 [W+1]  their keys, each piece's from its document's first token to its own last key_index
-    int32 [K]    row, among own rows and then received ones, of every such key send_index        int32 [S]
-    own rows to send, by destination rank, in token order within send_counts, recv_counts       rows to and
-    from every rank; received rows lie by source, in token order within area                           visible
-    (query, key) pairs
+    token_index       int64 [T]    micro-batch token of every row
+    local_tokens                   rows [0, local_tokens) are the local pieces
+    cu_seqlens_local  int32 [L+1]  their borders, as queries and as keys
+    cu_seqlens_q      int32 [W+1]  waiting pieces' queries, counted from row local_tokens
+    cu_seqlens_k      int32 [W+1]  their keys: of each piece, from its document's first token to its own last
+    key_index         int32 [K]    row, among own rows and then received ones, of every such key
+    send_index        int32 [S]    own rows to send, by destination rank, in token order within
+    send_counts, recv_counts       rows to and from every rank; received ones lie by source, in token order
+    max_seqlen_local, _q, _k       longest local piece; longest query and key run of a waiting one; 0: none
+    area                           visible (query, key) pairs
     """
 
     token_index: np.ndarray
@@ -70,9 +71,8 @@ def make_plan(placement: Placement, rank: int) -> Plan:
     row_of = np.full(int(placement.cu_seqlens[-1]), -1, dtype=np.int64)
     row_of[token_index] = np.arange(token_index.size)
     needed = _needed(placement, waiting)
-    source = needed_rank = placement.rank[needed]
-    received = needed[needed_rank != rank]
-    source = source[needed_rank != rank]
+    received = needed[placement.rank[needed] != rank]
+    source = placement.rank[received]
     order = np.argsort(source, kind="stable")
     received, counts = received[order], np.bincount(source, minlength=placement.context_parallel_size)
     arrived = _ranges(placement.start[received], placement.stop[received])
@@ -138,7 +138,7 @@ def _borders(lengths: np.ndarray) -> np.ndarray:
 
 
 def check_plans(placement: Placement, plans: list[Plan]) -> None:
-    """Raises AssertionError where tokens, transfers or visible pairs are not each accounted for exactly once."""
+    """AssertionError where tokens, transfers or visible pairs are not each accounted for exactly once."""
     tokens = int(placement.cu_seqlens[-1])
     owned = np.concatenate([plan.token_index for plan in plans])
     assert np.array_equal(np.sort(owned), np.arange(tokens)), "a token is not owned exactly once"

@@ -19,7 +19,7 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from anchor_megatron.attention.kernels import choose_kernel
+from anchor_megatron.attention.choose import choose_kernel
 from anchor_megatron.config import Config
 from anchor_megatron.model.core_attention import PlannedCoreAttention
 from anchor_megatron.model.gpt import AnchorGPT
@@ -144,9 +144,10 @@ def _experts(config: Config) -> dict[str, Any]:
 def _block_spec(config: Config, megatron: TransformerConfig) -> Any:
     """Megatron-Core's layer spec (TransformerEngine's where it is installed) with our core attention in it."""
     options = dict(num_experts=config.model.num_experts, qk_layernorm=config.model.qk_layernorm)
-    core_attention = functools.partial(
-        PlannedCoreAttention, kernel=choose_kernel(config.attention.kernel, _device())
+    kernel = choose_kernel(
+        config.attention.kernel, device=_device(), dtype=megatron.params_dtype, head_dim=_head_dim(config)
     )
+    core_attention = functools.partial(PlannedCoreAttention, kernel=kernel)
     if _has_transformer_engine():
         spec = get_gpt_layer_with_transformer_engine_spec(
             moe_grouped_gemm=megatron.moe_grouped_gemm, **options

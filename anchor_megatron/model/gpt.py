@@ -1,18 +1,23 @@
-"""Megatron-Core's GPTModel with rotary angles from explicit positions.
+"""Megatron-Core's GPTModel with rotary angles from explicit positions and a loss that never holds all logits.
 
-GPTModel gives its rotary module a sequence length and lets it count; under context parallelism it also
-assumes zigzag shards. Here positions are data: `position_ids` [1, T] goes in, and one override of
-`_preprocess` puts the angles where the rotary module's would have been, on every pipeline stage.
+GPTModel gives its rotary module a sequence length and lets it count; under context parallelism it also assumes zigzag
+shards. Here positions are data: `position_ids` [1, T] goes in, and an override of `_preprocess` puts the angles where the
+rotary module's would have been, on every pipeline stage. An override of `_postprocess` takes the loss from the hidden
+states (see `loss.py`) where labels are given; without labels the logits come out as ever.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
-import torch
 from megatron.core.models.gpt import GPTModel
+from megatron.core.tensor_parallel import (
+    copy_to_tensor_model_parallel_region,
+    gather_from_sequence_parallel_region,
+)
 from torch import Tensor
 
+from anchor_megatron.model.loss import summed_cross_entropy
 from anchor_megatron.model.rotary import RotaryAngles
 
 __all__ = ["AnchorGPT"]
@@ -21,8 +26,9 @@ _ROTARY_SLOT = 1  # of the tuple that GPTModel._preprocess returns
 
 
 class AnchorGPT(GPTModel):
-    """A GPTModel whose `position_ids` are honoured. `vocab_size` is the padded one, `real_vocab_size` the
-    tokenizer's.
+    """A GPTModel whose `position_ids` are honoured; with `labels` and `loss_mask` [1, T] it returns the summed loss.
+
+    `vocab_size` is the padded one, `real_vocab_size` the tokenizer's: entries between take no probability.
     """
 
     def __init__(self, *args: Any, inverse_frequencies: Tensor, real_vocab_size: int, **kwargs: Any) -> None:
@@ -37,11 +43,28 @@ class AnchorGPT(GPTModel):
         found[_ROTARY_SLOT] = self.rotary_angles(position_ids[0])
         return tuple(found)
 
-    def compute_language_model_loss(self, labels: Tensor, logits: Tensor) -> Tensor:
-        """Cross entropy per token, [1, T] fp32. Columns that only pad the vocabulary take no probability."""
-        first = self.pg_collection.tp.rank() * logits.shape[-1]
-        real_columns = min(max(self.real_vocab_size - first, 0), logits.shape[-1])
-        if real_columns < logits.shape[-1]:
-            columns: Tensor | None = torch.arange(logits.shape[-1], device=logits.device) >= real_columns
-            logits = logits.masked_fill(columns, float("-inf"))
-        return super().compute_language_model_loss(labels, logits)
+    def _postprocess(
+        self,
+        hidden_states: Tensor,
+        *args: Any,
+        labels: Tensor | None,
+        loss_mask: Tensor | None,
+        **kwargs: Any,
+    ) -> Tensor:
+        if not self.post_process or labels is None:
+            return super()._postprocess(hidden_states, *args, labels=labels, loss_mask=loss_mask, **kwargs)
+        assert loss_mask is not None, "labels come with a loss_mask"
+        group = self.pg_collection.tp
+        if self.config.sequence_parallel:  # its backward sums the ranks' shares of the gradient
+            hidden_states = gather_from_sequence_parallel_region(hidden_states, group=group)
+        else:
+            hidden_states = copy_to_tensor_model_parallel_region(hidden_states, group=group)
+        tied = self.share_embeddings_and_output_weights
+        return summed_cross_entropy(
+            hidden_states[:, 0],
+            self.shared_embedding_or_output_weight() if tied else self.output_layer.weight,
+            labels[0],
+            loss_mask[0],
+            vocab_size=self.real_vocab_size,
+            group=group,
+        )

@@ -43,7 +43,7 @@ class BatchStats:
 
 @dataclass(frozen=True)
 class Batch:
-    """One micro-batch on the device: int64 [1, T] tokens, labels, positions; fp32 [1, T] loss_mask; the plan."""
+    """One micro-batch on the device. [1, T] int64 tokens, labels, positions; fp32 loss_mask; bool anchors."""
 
     tokens: Tensor
     labels: Tensor

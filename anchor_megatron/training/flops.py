@@ -17,13 +17,20 @@ from anchor_megatron.config import ModelConfig
 __all__ = ["peak_tflops", "step_flops"]
 
 # dense bf16 rates by the vendors' data sheets, TFLOP/s
-_PEAKS = {"H100": 989.0, "H200": 989.0, "H20": 148.0, "H800": 989.0, "A100": 312.0, "A800": 312.0, "B200": 2250.0, "GB200": 2500.0}  # fmt: skip
+_PEAKS = {
+    "A100": 312.0,
+    "A800": 312.0,
+    "H20": 148.0,
+    "H100": 989.0,
+    "H200": 989.0,
+    "H800": 989.0,
+    "B200": 2250.0,
+    "GB200": 2500.0,
+}
 
 
 def step_flops(model: ModelConfig, *, tokens: int, area: int) -> float:
-    """Operations of forward and backward for `tokens` rows (anchors included) and `area` visible pairs a
-    layer.
-    """
+    """Operations of forward and backward for `tokens` rows, with anchors, `area` visible pairs a layer."""
     head_dim = model.kv_channels or model.hidden_size // model.num_attention_heads
     projections = model.hidden_size * head_dim * (2 * model.num_attention_heads + 2 * model.num_query_groups)
     experts = 1 if model.num_experts is None else model.moe_topk

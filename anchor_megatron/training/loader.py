@@ -22,7 +22,7 @@ __all__ = ["BatchDataset", "batches", "open_windows"]
 
 
 def open_windows(config: Config) -> WindowDataset:
-    """The training windows of `config.data`; ValueError naming the file or field that does not fit the model."""
+    """The training windows of `config.data`; ValueError naming the file or field that does not fit."""
     data = config.data
     documents = Documents(data.train, vocab_size=config.model.vocab_size)
     anchor = data.anchor_token if data.anchor_token is not None else documents.summary.anchor_token
@@ -77,9 +77,7 @@ class BatchDataset(Dataset):
 def batches(
     config: Config, windows: WindowDataset, *, first_step: int, pin_memory: bool
 ) -> Iterator[PlannedBatch]:
-    """This rank's batches from `first_step` to the end of the run, planned ahead by `data.num_workers`
-    processes.
-    """
+    """This rank's batches from `first_step` on, planned ahead by `data.num_workers` processes."""
     dataset = BatchDataset(config, windows)
     workers = config.data.num_workers
     return iter(

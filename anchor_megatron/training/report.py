@@ -1,5 +1,4 @@
-"""What a run says of itself: one line a report on the console, the same figures to JSONL, TensorBoard and
-W&B.
+"""What a run says of itself: a line on the console, the same figures to JSONL, TensorBoard and W&B.
 
 Every rank adds its share to one small all-reduce; the first rank writes.
 """
@@ -37,9 +36,7 @@ class Reporter:
         self.sinks = _sinks(config) if dist.get_rank() == 0 else []
 
     def step(self, step: int, result: StepResult, *, learning_rate: float) -> dict[str, Any] | None:
-        """Takes in step `step` (1 is the first). On a reporting step returns the figures since the last
-        report.
-        """
+        """Takes in step `step` (1 is the first); on a reporting step returns the figures since the last."""
         self.pending.append(result)
         if step % self.config.log.interval and step not in (
             self.config.train.steps,
@@ -65,6 +62,7 @@ class Reporter:
         flops = step_flops(config.model, tokens=rows, area=int(sums["area"]))
         tflops = flops / seconds / dist.get_world_size() / 1e12
         micro_batches = sums["micro_batches"]
+        shares = micro_batches * parallel_state.get_context_parallel_world_size()
         return {
             "step": step,
             "loss": sums["loss"] / max(sums["loss_tokens"], 1.0),
@@ -78,9 +76,9 @@ class Reporter:
             "documents": int(sums["documents"]),
             "padding_tokens": int(sums["padding"]),
             "balance": sums["balance"] / micro_batches,
-            "received_tokens_per_rank": sums["received"] / micro_batches / parallel_state.get_context_parallel_world_size(),
+            "received_tokens_per_rank": sums["received"] / shares,
             "skipped_steps": sum(not result.updated for result in self.pending),
-        }  # fmt: skip
+        }
 
 
 def global_sums(results: list[StepResult]) -> dict[str, float]:
@@ -125,7 +123,8 @@ def _console(figures: dict[str, Any]) -> None:
     print(
         f"step {figures['step']:>6}  loss {figures['loss']:.4f}  grad norm {figures['grad_norm']:.3f}  "
         f"lr {figures['learning_rate']:.2e}  {figures['seconds_per_step']:.3f} s  "
-        f"{figures['tokens_per_second']:,.0f} tokens/s  {figures['tflops_per_rank']:.3g} TFLOP/s a rank{mfu}  "
+        f"{figures['tokens_per_second']:,.0f} tokens/s  "
+        f"{figures['tflops_per_rank']:.3g} TFLOP/s a rank{mfu}  "
         f"{figures['documents']} documents  balance {figures['balance']:.2f}",
         flush=True,
     )

@@ -36,7 +36,16 @@ from anchor_megatron.training.batch import BatchStats, PlannedBatch
 from anchor_megatron.training.optimizer import build_optimizer, build_scheduler
 from anchor_megatron.training.setup import micro_batches_per_step, rank_device
 
-__all__ = ["StepResult", "Trainee", "build_trainee", "forward_backward", "train_step"]
+__all__ = [
+    "StepResult",
+    "Trainee",
+    "build_model_in_ddp",
+    "build_trainee",
+    "finalize_gradients",
+    "forward_backward",
+    "forward_step",
+    "train_step",
+]
 
 
 @dataclass
@@ -63,6 +72,15 @@ class StepResult:
 
 def build_trainee(config: Config) -> Trainee:
     """The model of this rank, wrapped for training, with its optimizer and schedule."""
+    model, gpt = build_model_in_ddp(config)
+    model.broadcast_params()
+    optimizer = build_optimizer(config, model)
+    gpt.config.grad_scale_func = optimizer.scale_loss
+    return Trainee(model, gpt, optimizer, build_scheduler(config, optimizer))
+
+
+def build_model_in_ddp(config: Config) -> tuple[DistributedDataParallel, AnchorGPT]:
+    """The model of this rank inside Megatron-Core's DistributedDataParallel, and bare."""
     gpt = build_model(config)
     wrapped: Any = Float16Module(gpt.config, gpt) if config.train.precision == "bf16" else gpt
     ddp = DistributedDataParallelConfig(
@@ -72,12 +90,9 @@ def build_trainee(config: Config) -> Trainee:
         check_for_nan_in_grad=False,  # the optimizer looks at the norm, once, after the reduction
     )
     model = DistributedDataParallel(gpt.config, ddp, wrapped)
-    model.broadcast_params()
-    optimizer = build_optimizer(config, model)
-    gpt.config.finalize_model_grads_func = _finalize_gradients
-    gpt.config.grad_scale_func = optimizer.scale_loss
+    gpt.config.finalize_model_grads_func = finalize_gradients
     gpt.config.no_sync_func = model.no_sync
-    return Trainee(model, gpt, optimizer, build_scheduler(config, optimizer))
+    return model, gpt
 
 
 def train_step(config: Config, trainee: Trainee, batches: Iterator[PlannedBatch]) -> StepResult:
@@ -104,7 +119,7 @@ def forward_backward(
     stats: list[BatchStats] = []
     tokens = config.data.seq_length * config.train.micro_batch_size
     reported = get_forward_backward_func()(
-        forward_step_func=partial(_forward_step, stats),
+        forward_step_func=partial(forward_step, stats),
         data_iterator=batches,
         model=[model],
         num_microbatches=micro_batches_per_step(config),
@@ -118,33 +133,33 @@ def forward_backward(
     return torch.stack(reported).sum(dim=0), stats
 
 
-def _forward_step(stats: list[BatchStats], batches: Iterator[PlannedBatch], model: Any) -> tuple[Tensor, Any]:
+def forward_step(stats: list[BatchStats], batches: Iterator[PlannedBatch], model: Any) -> tuple[Tensor, Any]:
     planned = next(batches)
     stats.append(planned.stats)
     batch = planned.to(rank_device())
     config = get_model_config(model)
-    losses = model(
+    loss = model(
         batch.tokens,
         batch.positions,
         None,
         labels=batch.labels,
+        loss_mask=batch.loss_mask,
         packed_seq_params=PlannedSeqParams(plan=batch.plan),
         # copies of the anchor are kept out of the experts' statistics
         padding_mask=batch.anchors if config.num_moe_experts is not None else None,
     )
-    return losses, partial(_sum_loss, batch.loss_mask)
+    return loss, partial(_report_loss, batch.loss_mask)
 
 
-def _sum_loss(loss_mask: Tensor, losses: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _report_loss(loss_mask: Tensor, total: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """What Megatron-Core's schedules take where the loss is per token: the sum, the tokens counted, the
     report.
     """
-    total = (losses.float() * loss_mask).sum()
     count = loss_mask.sum()
     return total, count.to(torch.int), torch.stack((total.detach(), count))
 
 
-def _finalize_gradients(model: list[Any], num_tokens: Tensor | None = None, **kwargs: Any) -> None:
+def finalize_gradients(model: list[Any], num_tokens: Tensor | None = None, **kwargs: Any) -> None:
     """Megatron-Core's reductions, then the division by the step's tokens, done without asking the device for
     the number.
     """

@@ -1,0 +1,116 @@
+"""What a configuration must satisfy to run, each refusal naming the field.
+
+check_config(config)                looks at the configuration alone
+data_parallel_size(config, 8)       holds it against the number of ranks
+"""
+
+from __future__ import annotations
+
+from operator import attrgetter
+
+from anchor_megatron.config.fields import Config
+
+__all__ = ["check_config", "data_parallel_size"]
+
+_CHOICES = {
+    "data.mode": ("full", "document", "document_reset", "anchor"),
+    "attention.placement": ("document", "zigzag", "contiguous"),
+    "attention.exchange": ("sparse",),
+    "optimizer.decay": ("constant", "linear", "cosine"),
+    "train.precision": ("bf16", "fp32"),
+    "train.recompute": ("none", "selective", "full"),
+}
+_AT_LEAST_ONE = (
+    "model.num_layers",
+    "model.hidden_size",
+    "model.ffn_hidden_size",
+    "model.num_attention_heads",
+    "model.num_query_groups",
+    "model.kv_channels",
+    "model.vocab_size",
+    "model.make_vocab_size_divisible_by",
+    "model.num_experts",
+    "model.moe_topk",
+    "data.seq_length",
+    "parallel.tensor",
+    "parallel.pipeline",
+    "parallel.context",
+    "parallel.expert",
+    "train.steps",
+    "train.stop_after",
+    "train.micro_batch_size",
+    "train.global_batch_size",
+    "log.interval",
+)
+_AT_LEAST_ZERO = (
+    "data.num_workers",
+    "optimizer.warmup_steps",
+    "optimizer.clip_grad",
+    "train.seed",
+    "checkpoint.save_interval",
+)
+
+
+def check_config(config: Config) -> None:
+    """Raises ValueError, naming the field, for a value out of range and sizes that do not divide."""
+    for name, choices in _CHOICES.items():
+        got = attrgetter(name)(config)
+        if got not in choices:
+            raise ValueError(f"{name}: got {got!r}, expected one of {', '.join(choices)}")
+    for least, names in ((1, _AT_LEAST_ONE), (0, _AT_LEAST_ZERO)):
+        for name in names:
+            got = attrgetter(name)(config)
+            if got is not None and got < least:
+                raise ValueError(f"{name}: got {got}, expected at least {least}")
+    _check_model(config)
+    _check_tokens(config)
+
+
+def _check_model(config: Config) -> None:
+    """The model's sizes against each other and against the ranks that share it."""
+    model, parallel = config.model, config.parallel
+    _divides(config, "model.num_attention_heads", "model.num_query_groups")
+    if model.kv_channels is None:
+        _divides(config, "model.hidden_size", "model.num_attention_heads")
+    _divides(config, "model.num_attention_heads", "parallel.tensor")
+    _divides(config, "model.ffn_hidden_size", "parallel.tensor")
+    _divides(config, "model.num_layers", "parallel.pipeline")
+    if model.num_experts is not None:
+        _divides(config, "model.num_experts", "parallel.expert")
+    elif parallel.expert > 1:
+        raise ValueError(f"parallel.expert: got {parallel.expert} for a model without experts, expected 1")
+
+
+def _check_tokens(config: Config) -> None:
+    """Every context-parallel rank holds equally many tokens, and so does every sequence-parallel one."""
+    tokens, what = config.data.seq_length, "data.seq_length"
+    if config.attention.placement == "document":  # it places the windows of a micro-batch together
+        tokens, what = tokens * config.train.micro_batch_size, f"{what} * train.micro_batch_size"
+    context, tensor = config.parallel.context, config.parallel.tensor
+    _expect_multiple(what, tokens, "parallel.context", context)
+    if config.parallel.sequence:
+        rows = config.data.seq_length * config.train.micro_batch_size // context
+        _expect_multiple("tokens of a context-parallel rank", rows, "parallel.tensor", tensor)
+
+
+def data_parallel_size(config: Config, world_size: int) -> int:
+    """Model replicas among `world_size` ranks; ValueError where the sizes do not fit."""
+    parallel, train = config.parallel, config.train
+    replica = parallel.tensor * parallel.pipeline * parallel.context
+    _expect_multiple("number of ranks", world_size, "parallel.tensor * pipeline * context", replica)
+    # experts are spread over data- and context-parallel ranks
+    experts = parallel.tensor * parallel.pipeline * parallel.expert
+    _expect_multiple("number of ranks", world_size, "parallel.tensor * pipeline * expert", experts)
+    replicas = world_size // replica
+    windows, by = train.micro_batch_size * replicas, "train.micro_batch_size * data-parallel size"
+    _expect_multiple("train.global_batch_size", train.global_batch_size, by, windows)
+    return replicas
+
+
+def _divides(config: Config, name: str, divisor: str) -> None:
+    _expect_multiple(name, attrgetter(name)(config), divisor, attrgetter(divisor)(config))
+
+
+def _expect_multiple(name: str, value: int, of: str, divisor: int) -> None:
+    if value % divisor:
+        raise ValueError(f"{name}: got {value}, expected a multiple of {of} = {divisor}")

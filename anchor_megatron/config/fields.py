@@ -1,0 +1,201 @@
+"""The fields of a run's configuration. The string under a field is its documentation: `--help` prints it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+__all__ = [
+    "AttentionConfig",
+    "CheckpointConfig",
+    "Config",
+    "DataConfig",
+    "LogConfig",
+    "ModelConfig",
+    "OptimizerConfig",
+    "ParallelConfig",
+    "TrainConfig",
+]
+
+
+@dataclass
+class ModelConfig:
+    """The transformer's shape. `preset` names a published one (see `presets.py`)."""
+
+    preset: str | None = None
+    """A named shape, such as llama-3-8b; fields given beside it win."""
+    num_layers: int = 2
+    """Transformer layers."""
+    hidden_size: int = 64
+    """Width of the residual stream."""
+    ffn_hidden_size: int = 192
+    """Width of the gated MLP (of each expert where there are experts)."""
+    num_attention_heads: int = 4
+    """Query heads."""
+    num_query_groups: int = 2
+    """Key/value heads (grouped-query attention); num_attention_heads for plain multi-head."""
+    kv_channels: int | None = None
+    """Size of one head; hidden_size / num_attention_heads where null."""
+    vocab_size: int | None = None
+    """Entries of the vocabulary; the data set's where null. Padded so that tensor parallelism divides it."""
+    make_vocab_size_divisible_by: int = 128
+    """The embedding is padded to a multiple of this times the tensor-parallel size."""
+    rotary_base: float = 10000.0
+    """Theta of the rotary embedding; the paper takes 1e6, 5e6, 1e7 for contexts of 16K, 64K, 128K."""
+    rope_scaling: dict[str, Any] | None = None
+    """Hugging Face's rope_scaling dictionary (rope_type, factor, ...); null for none."""
+    max_position_embeddings: int | None = None
+    """The longest context the model is meant for; kept for export, data.seq_length where null."""
+    layernorm_epsilon: float = 1e-5
+    """Epsilon of the RMS norms."""
+    add_qkv_bias: bool = False
+    """A bias on the query, key and value projections (Qwen 1.5 to 2.5)."""
+    qk_layernorm: bool = False
+    """An RMS norm on every query and key head (Qwen 3)."""
+    tie_embeddings: bool = False
+    """The output layer shares the embedding's weight."""
+    init_std: float = 0.02
+    """Standard deviation of the initial weights."""
+    num_experts: int | None = None
+    """Experts of a mixture-of-experts MLP; null for a dense one."""
+    moe_topk: int = 2
+    """Experts a token is sent to."""
+    moe_aux_loss_coeff: float = 0.0
+    """Weight of the router's load-balancing loss."""
+    moe_normalize_topk: bool = True
+    """The chosen experts' weights are scaled to sum to one (Mixtral: true; Qwen3-MoE: its norm_topk_prob)."""
+
+
+@dataclass
+class DataConfig:
+    """Documents on disk and how they are packed into windows."""
+
+    train: str = "???"
+    """Prefix of the training set that tools/preprocess_data.py wrote (prefix.bin, .idx and .json)."""
+    seq_length: int = 1024
+    """Tokens of one window, the documents' anchors included."""
+    mode: str = "anchor"
+    """Who sees whom, and at which position: full, document, document_reset or anchor."""
+    anchor_token: int | None = None
+    """Token id that leads every document; the data set's own where null (the tokenizer's BOS, else EOS)."""
+    anchor_loss: bool = False
+    """Let a document's anchor be trained to predict its first token."""
+    num_workers: int = 2
+    """Loader processes a rank, which pack and plan ahead of the training loop; 0: in the loop itself."""
+
+
+@dataclass
+class ParallelConfig:
+    """How the ranks are divided. Data parallelism takes what the others leave."""
+
+    tensor: int = 1
+    """Tensor-parallel size."""
+    pipeline: int = 1
+    """Pipeline-parallel size."""
+    context: int = 1
+    """Context-parallel size: ranks that share each window."""
+    expert: int = 1
+    """Expert-parallel size (mixture-of-experts models)."""
+    sequence: bool = False
+    """Sequence parallelism: norms and dropouts are sharded over the tensor-parallel ranks too."""
+
+
+@dataclass
+class AttentionConfig:
+    """How the plan is made and executed."""
+
+    placement: str = "document"
+    """Which rank holds which tokens: document (balanced, whole documents stay), zigzag or contiguous."""
+    exchange: str = "sparse"
+    """How keys and values of split documents travel: sparse (one all-to-all of only the needed rows)."""
+    kernel: str = "auto"
+    """Attention kernel; auto takes the fastest that runs here and says which."""
+
+
+@dataclass
+class OptimizerConfig:
+    """AdamW, its schedule, and clipping."""
+
+    lr: float = 2e-5
+    """Peak learning rate."""
+    min_lr: float = 0.0
+    """Learning rate at the end of the decay."""
+    warmup_steps: int = 0
+    """Steps of linear warm-up from zero."""
+    decay: str = "constant"
+    """After the warm-up: constant, linear or cosine down to min_lr at train.steps."""
+    weight_decay: float = 0.1
+    """Decoupled weight decay; norms and biases have none."""
+    beta1: float = 0.9
+    """Adam's first-moment decay."""
+    beta2: float = 0.95
+    """Adam's second-moment decay."""
+    eps: float = 1e-8
+    """Adam's epsilon."""
+    clip_grad: float = 1.0
+    """Largest global gradient norm; 0 for no clipping."""
+
+
+@dataclass
+class TrainConfig:
+    """The loop."""
+
+    steps: int = 100
+    """Optimizer steps of the whole run, earlier ones resumed from included."""
+    stop_after: int | None = None
+    """Stop, with a checkpoint, after this step, though the schedule runs on to train.steps."""
+    micro_batch_size: int = 1
+    """Windows a model replica attends to at once (each with its own anchor)."""
+    global_batch_size: int = 1
+    """Windows an optimizer step."""
+    precision: str = "bf16"
+    """bf16 (weights and gradients' master copies in fp32) or fp32."""
+    seed: int = 1234
+    """Seed of the weights and of the documents' order."""
+    recompute: str = "none"
+    """Activations recomputed in the backward pass: none, selective (attention only) or full (every layer)."""
+    distributed_timeout_minutes: float = 10.0
+    """A collective that takes longer ends the job."""
+
+
+@dataclass
+class CheckpointConfig:
+    """Where the run's state is kept."""
+
+    directory: str | None = None
+    """Folder of the run's checkpoints; the newest one there is resumed from. null: nothing is saved."""
+    save_interval: int = 0
+    """Steps between checkpoints; 0: only at the end."""
+    pretrained: str | None = None
+    """A checkpoint whose weights alone start a run that has none of its own yet."""
+
+
+@dataclass
+class LogConfig:
+    """What is reported, and where."""
+
+    interval: int = 1
+    """Steps between reports."""
+    jsonl: str | None = None
+    """File to which every report is appended as one JSON line."""
+    tensorboard: str | None = None
+    """Folder of TensorBoard events."""
+    wandb_project: str | None = None
+    """Weights & Biases project (needs the wandb package)."""
+    peak_tflops: float | None = None
+    """Peak TFLOP/s of one rank, for the model-FLOPs utilisation; known GPUs' and, without a GPU, measured
+    where null."""
+
+
+@dataclass
+class Config:
+    """The whole run."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    attention: AttentionConfig = field(default_factory=AttentionConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    log: LogConfig = field(default_factory=LogConfig)

@@ -1,0 +1,60 @@
+"""Configurations from YAML, dotted overrides and dictionaries, and back to YAML."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from anchor_megatron.config.checks import check_config
+from anchor_megatron.config.fields import Config, ModelConfig
+from anchor_megatron.presets import MODEL_PRESETS
+
+__all__ = ["load_config", "model_config", "save_config"]
+
+
+def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
+    """The configuration in the YAML file `path` with dotted `overrides` ("train.steps=3") laid over it.
+
+    ValueError, naming the field, for what is unknown, of the wrong type, missing or cannot run together.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"configuration {path}: expected a YAML file, got none there")
+    try:
+        given = OmegaConf.merge(OmegaConf.load(path), OmegaConf.from_dotlist(list(overrides or [])))
+    except Exception as error:  # yaml's scanner and omegaconf each have a family of errors
+        raise ValueError(f"configuration {path}: {error}") from error
+    config = _structured(given, str(path))
+    check_config(config)
+    return config
+
+
+def model_config(values: dict[str, Any]) -> ModelConfig:
+    """A `ModelConfig` from a dictionary (as in a checkpoint), presets expanded, unknown keys refused."""
+    return _structured(OmegaConf.create({"model": values, "data": {"train": "-"}}), "model").model
+
+
+def save_config(config: Config, path: str | Path) -> None:
+    """Writes `config` as YAML that `load_config` reads back."""
+    Path(path).write_text(OmegaConf.to_yaml(OmegaConf.create(asdict(config))))
+
+
+def _structured(given: Any, source: str) -> Config:
+    """`given` as dataclasses; ValueError naming `source` and the field for what does not fit them."""
+    try:
+        preset = OmegaConf.select(given, "model.preset")
+        if preset is not None:
+            if preset not in MODEL_PRESETS:
+                known = ", ".join(sorted(MODEL_PRESETS))
+                raise ValueError(f"model.preset: got {preset!r}, expected one of {known}")
+            given = OmegaConf.merge({"model": MODEL_PRESETS[preset]}, given)
+        config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), given))
+    except OmegaConfBaseException as error:
+        name = f"{error.full_key}: " if getattr(error, "full_key", None) else ""
+        raise ValueError(f"configuration {source}: {name}{str(error).splitlines()[0]}") from error
+    assert isinstance(config, Config), f"got {type(config)}, expected Config"
+    return config

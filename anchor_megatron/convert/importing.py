@@ -1,0 +1,175 @@
+"""Hugging Face to Megatron-Core: a folder that training loads at any parallel layout.
+
+    out/latest                      "step_0000000"
+    out/step_0000000/               Megatron-Core's dist_checkpointing files, weights alone
+                     config.yaml    the model section of a run's configuration
+                     hf_config.json, generation_config.json, tokenizer/    the source's, kept for export
+
+No model is built. Tensors pass through memory in pieces of at most `PIECE_BYTES`: read into place from the source's
+files, in the order of Megatron-Core's rows, and written.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from anchor_megatron.config import ModelConfig
+from anchor_megatron.convert.aside import check_room, written_aside
+from anchor_megatron.convert.dist_files import DistWriter
+from anchor_megatron.convert.families import Family
+from anchor_megatron.convert.hf_config import extend, family_of, read_hf_config, read_model
+from anchor_megatron.convert.mapping import Entry, Run, entries, extra_states, hf_shapes
+from anchor_megatron.convert.sources import Source, open_source
+
+__all__ = ["PIECE_BYTES", "STEP", "TOKENIZER_FILES", "import_checkpoint"]
+
+PIECE_BYTES = 64 * 2**20
+STEP = "step_0000000"
+TOKENIZER_FILES = (
+    "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json",
+    "vocab.json", "merges.txt", "vocab.txt", "chat_template.jinja", "chat_template.json",
+)  # fmt: skip
+
+
+def import_checkpoint(
+    hf: Path,
+    out: Path,
+    *,
+    extension: str | None = None,
+    overrides: list[str] | None = None,
+    allow_pickle: bool = False,
+    check_hashes: bool = False,
+    say: Callable[[str], None] = print,
+    progress: Callable[[int], Any] = lambda count: None,
+) -> ModelConfig:
+    """Writes the model in folder `hf` to the new folder `out`; returns the model's configuration.
+
+    extension, overrides: see `hf_config.extend`. progress: called with every number of bytes done; the first call has
+    minus the total. Raises ValueError naming the file, field or tensor, OSError where the disk refuses.
+    """
+    description = read_hf_config(hf / "config.json")
+    family, model = family_of(description), extend(read_model(description), extension, overrides or [])
+    source = open_source(hf, allow_pickle=allow_pickle, check_hashes=check_hashes)
+    try:
+        model_entries = list(entries(family, model))
+        total = _check_tensors(source, model_entries, model, say)
+        with written_aside(out, say=say) as folder:
+            check_room(folder, total)
+            progress(-total)
+            step = folder / STEP
+            step.mkdir()
+            _write_weights(step, source, model_entries, extra_states(family, model), progress)
+            _write_description(step, hf, model)
+            (folder / "latest").write_text(STEP + "\n")
+    finally:
+        source.close()
+    return model
+
+
+def _check_tensors(source: Source, model_entries: list[Entry], model: ModelConfig, say: Callable[[str], None]) -> int:
+    """Bytes of the model, once every tensor is there in its shape, and no other."""
+    expected = hf_shapes(model_entries)
+    for name, shape in expected.items():
+        if name not in source.tensors:
+            raise ValueError(f"{name}: got no such tensor, expected one of shape {shape}")
+        if source.tensors[name].shape != shape:
+            raise ValueError(f"{name}: got shape {source.tensors[name].shape}, expected {shape} by config.json")
+    for entry in model_entries:
+        dtypes = {source.tensors[run.name].dtype for run in entry.runs}
+        if len(dtypes) > 1:
+            raise ValueError(f"{entry.runs[0].name}: got types {dtypes} in tensors that are kept as one, expected one")
+    left_out = _unused(source, expected, model)
+    if left_out:
+        say(f"left out {len(left_out)} tensors that repeat others or follow from config.json, such as {left_out[0]}")
+    return sum(math.prod(shape) * source.tensors[name].dtype.itemsize for name, shape in expected.items())
+
+
+def _unused(source: Source, expected: dict[str, Any], model: ModelConfig) -> list[str]:
+    """Tensors that need not be converted; ValueError for one that would be lost."""
+    left_out = []
+    for name, info in source.tensors.items():
+        if name in expected:
+            continue
+        if name == "lm_head.weight" and model.tie_embeddings:
+            _check_tied(source, name, "model.embed_tokens.weight")
+        elif not name.endswith(".rotary_emb.inv_freq"):
+            raise ValueError(f"{name}: got a tensor of shape {info.shape}, expected none of that name in this family")
+        left_out.append(name)
+    return left_out
+
+
+def _check_tied(source: Source, first: str, second: str) -> None:
+    info = source.tensors[second]
+    rows = max(1, PIECE_BYTES // (info.shape[1] * info.dtype.itemsize))
+    for start in range(0, info.shape[0] if source.tensors[first] == info else 1, rows):
+        pair = [torch.empty(min(rows, info.shape[0] - start), info.shape[1], dtype=info.dtype) for _ in range(2)]
+        if source.tensors[first] == info:
+            source.read_rows(first, start, pair[0])
+            source.read_rows(second, start, pair[1])
+        if source.tensors[first] != info or not torch.equal(*(half.view(torch.uint8) for half in pair)):
+            raise ValueError(f"{first}: got other values than {second}'s, expected the same: tie_word_embeddings is true")
+
+
+def _write_weights(
+    step: Path, source: Source, model_entries: list[Entry], states: list[str], progress: Callable[[int], Any]
+) -> None:
+    writer = DistWriter(step)
+    try:
+        for entry in model_entries:
+            dtype = source.tensors[entry.runs[0].name].dtype
+            row = 0
+            for runs in _pieces(entry, PIECE_BYTES // dtype.itemsize):
+                piece = torch.empty(sum(run.rows for run in runs), *entry.shape[1:], dtype=dtype)
+                filled = 0
+                for run in runs:
+                    source.read_rows(run.name, run.start, piece[filled : filled + run.rows])
+                    filled += run.rows
+                offsets = (*entry.index, row, *(0 for _ in entry.shape[1:]))
+                stacked = piece.view(*(1 for _ in entry.index), *piece.shape)
+                for key in (entry.key, *entry.other_keys):
+                    writer.write(key, offsets, entry.leading + entry.shape, stacked)
+                row += filled
+                progress(piece.nbytes)
+        for state in states:
+            writer.write_state(state)
+        writer.finish()
+    finally:
+        writer.close()
+
+
+def _pieces(entry: Entry, most_values: int) -> Iterator[list[Run]]:
+    """The entry's runs in order, cut and gathered into pieces of at most `most_values` values (one row at least)."""
+    most_rows = max(1, most_values // math.prod(entry.shape[1:]))
+    piece: list[Run] = []
+    room = most_rows
+    for run in entry.runs:
+        start, left = run.start, run.rows
+        while left:
+            rows = min(left, room)
+            piece.append(Run(run.name, start, rows))
+            start, left, room = start + rows, left - rows, room - rows
+            if not room:
+                yield piece
+                piece, room = [], most_rows
+    if piece:
+        yield piece
+
+
+def _write_description(step: Path, hf: Path, model: ModelConfig) -> None:
+    (step / "config.yaml").write_text(yaml.safe_dump({"model": dataclasses.asdict(model)}, sort_keys=False))
+    shutil.copyfile(hf / "config.json", step / "hf_config.json")
+    if (hf / "generation_config.json").is_file():
+        shutil.copyfile(hf / "generation_config.json", step / "generation_config.json")
+    (step / "tokenizer").mkdir()
+    for name in TOKENIZER_FILES:
+        if (hf / name).is_file():
+            shutil.copyfile(hf / name, step / "tokenizer" / name)

@@ -1,0 +1,108 @@
+"""Safetensors files written in place: the headers first, then rows in whatever order they come.
+
+All shapes are known before the first byte, so every tensor's place is too; a file is laid out, and rows are written
+where they belong. Nothing waits in memory for its neighbours. Files hold at most `SHARD_BYTES` (one tensor may be
+larger), named as transformers names them:
+
+    model.safetensors                                            where one file is enough
+    model-00001-of-00002.safetensors, ..., model.safetensors.index.json
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from pathlib import Path
+
+from torch import Tensor
+
+from anchor_megatron.convert.sources import DTYPES, TensorInfo, as_bytes
+
+__all__ = ["SHARD_BYTES", "SafetensorsWriter"]
+
+SHARD_BYTES = 5 * 10**9
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+
+class SafetensorsWriter:
+    """The files of one model, open for writing until `finish`."""
+
+    def __init__(self, folder: Path, tensors: dict[str, TensorInfo], *, shard_bytes: int = SHARD_BYTES) -> None:
+        """Lays the files out in `folder`. tensors: everything that will be written, in order."""
+        self._tensors = tensors
+        self._places: dict[str, tuple[int, int]] = {}
+        self._rows_left = {name: info.shape[0] for name, info in tensors.items()}
+        self._descriptors: list[int] = []
+        shards = _shards(tensors, shard_bytes)
+        weight_map = {}
+        try:
+            for number, names in enumerate(shards, start=1):
+                file = "model.safetensors"
+                if len(shards) > 1:
+                    file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+                self._lay_out(folder / file, names)
+                weight_map |= dict.fromkeys(names, file)
+        except BaseException:
+            self.close()
+            raise
+        if len(shards) > 1:
+            total = sum(_bytes(info) for info in tensors.values())
+            index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+            (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+
+    def write_rows(self, name: str, start: int, rows: Tensor) -> None:
+        """Writes contiguous `rows` as rows [start, start + len(rows)) of tensor `name`. OSError where the disk is full."""
+        info, (descriptor, first) = self._tensors[name], self._places[name]
+        assert rows.dtype == info.dtype and rows.shape[1:] == info.shape[1:], f"{name}: rows of another tensor"
+        view = as_bytes(rows)
+        offset = first + start * (_bytes(info) // info.shape[0])
+        while view:
+            count = os.pwrite(descriptor, view, offset)
+            view, offset = view[count:], offset + count
+        self._rows_left[name] -= len(rows)
+
+    def finish(self) -> None:
+        """Closes the files; every row must have been written."""
+        unwritten = [name for name, left in self._rows_left.items() if left]
+        assert not unwritten, f"{unwritten[0]}: {self._rows_left[unwritten[0]]} rows were never written"
+        self.close()
+
+    def close(self) -> None:
+        """Closes the files as they are."""
+        while self._descriptors:
+            os.close(self._descriptors.pop())
+
+    def _lay_out(self, path: Path, names: list[str]) -> None:
+        header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+        end = 0
+        for name in names:
+            info = self._tensors[name]
+            begin, end = end, end + _bytes(info)
+            header[name] = {"dtype": _NAMES[info.dtype], "shape": list(info.shape), "data_offsets": [begin, end]}
+        text = json.dumps(header, separators=(",", ":")).encode()
+        text += b" " * (-len(text) % 8)  # so that the tensors' bytes are aligned
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
+        self._descriptors.append(descriptor)
+        os.write(descriptor, len(text).to_bytes(8, "little") + text)
+        os.ftruncate(descriptor, 8 + len(text) + end)
+        for name in names:
+            begin = header[name]["data_offsets"][0]  # type: ignore[index]
+            self._places[name] = (descriptor, 8 + len(text) + begin)
+
+
+def _shards(tensors: dict[str, TensorInfo], shard_bytes: int) -> list[list[str]]:
+    """Names by file, in order; within a file the widest types first, so that each tensor is aligned to its type."""
+    shards: list[list[str]] = [[]]
+    room = shard_bytes
+    for name, info in tensors.items():
+        if shards[-1] and _bytes(info) > room:
+            shards.append([])
+            room = shard_bytes
+        shards[-1].append(name)
+        room -= _bytes(info)
+    return [sorted(names, key=lambda name: -tensors[name].dtype.itemsize) for names in shards]
+
+
+def _bytes(info: TensorInfo) -> int:
+    return math.prod(info.shape) * info.dtype.itemsize
