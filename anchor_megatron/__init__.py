@@ -4,5 +4,10 @@ import warnings
 
 __version__ = "0.1.0"
 
-# Megatron-Core says so once a module as it is imported; the layer spec that is used says which one runs
-warnings.filterwarnings("ignore", message="(Transformer Engine and )?Apex (is|are) not installed")
+# What Megatron-Core 0.16 says about itself, over and over, and a user of this package cannot change
+for _message in (
+    "(Transformer Engine and )?Apex (is|are) not installed",
+    "full scope is deprecated. Use empty cuda_graph_scope",
+    r"`torch\.distributed\.\w+` is deprecated",
+):
+    warnings.filterwarnings("ignore", message=_message)

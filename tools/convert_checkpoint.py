@@ -12,6 +12,7 @@ import argparse
 import signal
 import sys
 import time
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from tqdm import tqdm
 
 from anchor_megatron import cpu
 
+warnings.simplefilter("ignore")  # Megatron-Core's, about packages that a conversion does not use
 if not torch.cuda.is_available():
     cpu.install()  # before Megatron-Core looks for a GPU, as it does when it is imported
 
@@ -29,9 +31,9 @@ from anchor_megatron.convert.importing import import_checkpoint  # noqa: E402
 from anchor_megatron.convert.verify import BOUND, verify  # noqa: E402
 
 
-def main() -> int:
+def main(words: list[str] | None = None) -> int:
     """Exit status: 0, 2 for what could not be converted, 1 for a conversion that --verify found wrong."""
-    arguments = _parser().parse_args()
+    arguments = _parser().parse_args(words)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(2))  # so that what is half done is removed
     progress = Progress()
     try:
@@ -88,17 +90,18 @@ class Progress:
         """Says what was done."""
         self.bar.close()
         seconds = time.perf_counter() - self.begun
-        print(f"{out}: {self.bytes / 1e9:.3f} GB in {seconds:.1f} s, {self.bytes / 1e6 / seconds:.0f} MB/s")
+        print(f"{out}: {self.bytes / 1e9:.3f} GB in {seconds:.2f} s, {self.bytes / 1e6 / seconds:.0f} MB/s")
 
 
 def _verify(arguments: argparse.Namespace) -> int:
     if arguments.direction == "import":
-        found = verify(arguments.hf, arguments.out, overridden=True)
+        found = verify(arguments.hf, arguments.out, overridden=True, allow_pickle=arguments.allow_pickle)
     else:
         found = verify(arguments.out, arguments.megatron)
     verdict = "within" if found.ok else "BEYOND"
     print(
-        f"verify: largest difference of logits {found.difference:.3e} on {found.tokens} random tokens, {verdict} "
+        f"verify: largest difference of logits {found.difference:.3e} on {found.tokens} random tokens, "
+        f"{verdict} "
         f"{BOUND:g} of the largest logit {found.largest:.3g}{' (layer by layer)' if found.by_layer else ''}"
     )
     return 0 if found.ok else 1
@@ -118,7 +121,7 @@ def _parser() -> argparse.ArgumentParser:
         "--allow-pickle", action="store_true", help="read .bin files where there are no safetensors"
     )
     into.add_argument("--check-hashes", action="store_true",
-                      help="compare the files with SHA256SUMS or the hashes that Hugging Face's downloader keeps")  # fmt: skip
+                      help="compare the files with SHA256SUMS or the downloader's hashes")  # fmt: skip
     into.add_argument("overrides", nargs="*", metavar="field=value",
                       help="rotary_base=..., rope_scaling=..., max_position_embeddings=...")  # fmt: skip
     out_of = directions.add_parser("export", help="Megatron-Core to Hugging Face")

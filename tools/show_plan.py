@@ -47,6 +47,9 @@ def main() -> int:
 
 def show(given: argparse.Namespace) -> None:
     """Prints, and where asked for draws, the plans of all ranks."""
+    for option, got, least in (("--cp", given.cp, 1), ("--window", given.window, 0)):
+        if got < least:
+            raise ValueError(f"{option}: got {got}, expected at least {least}")
     cu_seqlens = parse_lengths(given.lengths) if given.lengths else read_window(given)
     tokens = int(cu_seqlens[-1])
     spans = attention_cu_seqlens(given.mode, cu_seqlens, window_length=tokens)

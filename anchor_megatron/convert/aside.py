@@ -4,7 +4,8 @@
         ...                                                   # an error: out.partial is removed
                                                               # success: out.partial becomes out
 
-A run that was killed leaves `out.partial`, which nothing takes for a checkpoint; the next run removes it and says so.
+A run that was killed leaves `out.partial`, which nothing takes for a checkpoint; the next run removes it and
+says so.
 """
 
 from __future__ import annotations
@@ -24,15 +25,17 @@ _MARK = "unfinished-conversion"
 def written_aside(final: Path, *, say: Callable[[str], None]) -> Iterator[Path]:
     """A fresh folder beside `final` that takes its name when the block ends well.
 
-    Raises ValueError where `final` exists and is not an empty folder, or where something that no conversion left is in
-    the way; OSError where the disk or the permissions refuse.
+    Raises ValueError where `final` exists and is not an empty folder, or where something that no conversion
+    left is in the way; OSError where the disk or the permissions refuse.
     """
     if final.exists() and not (final.is_dir() and not any(final.iterdir())):
         raise ValueError(f"{final}: got something there already, expected a new or empty folder")
     aside = final.parent / f"{final.name}.partial"
     if aside.exists():
         if not (aside / _MARK).exists():
-            raise ValueError(f"{aside}: got something no conversion left there, expected nothing; move it away")
+            raise ValueError(
+                f"{aside}: got something no conversion left there, expected nothing; move it away"
+            )
         shutil.rmtree(aside)
         say(f"removed {aside}, left by a run that did not finish; starting clean")
     aside.mkdir(parents=True)
@@ -50,4 +53,6 @@ def check_room(folder: Path, needed: int) -> None:
     """ValueError where the disk of `folder` has less than `needed` bytes free."""
     free = shutil.disk_usage(folder).free
     if free < needed:
-        raise ValueError(f"{folder}: got {free / 1e9:.2f} GB free on its disk, expected {needed / 1e9:.2f} GB")
+        raise ValueError(
+            f"{folder}: got {free / 1e9:.2f} GB free on its disk, expected {needed / 1e9:.2f} GB"
+        )

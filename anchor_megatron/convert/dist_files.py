@@ -1,14 +1,18 @@
-"""Megatron-Core's `torch_dist` checkpoints, written and read a piece at a time without a process group or a model.
+"""Megatron-Core's `torch_dist` checkpoints, written and read a piece at a time without a process group or a
+model.
 
-The format is torch.distributed.checkpoint's: `__0_0.distcp`, ... are torch.save'd pieces of tensors one after another;
-`.metadata` says for each key its whole shape and which box of it lies where. A key of two layers cut into three pieces:
+The format is torch.distributed.checkpoint's: `__0_0.distcp`, ... are torch.save'd pieces of tensors one after
+another; `.metadata` says for each key its whole shape and which box of it lies where. A key of two layers cut
+into three pieces:
 
-    decoder.layers.mlp.linear_fc2.weight  size (2, 8, 4)   at (0, 0, 0) size (1, 8, 4)   file __0_0.distcp, byte 0
+    decoder.layers.mlp.linear_fc2.weight  size (2, 8, 4)   at (0, 0, 0) size (1, 8, 4)   file __0_0.distcp,
+    byte 0
                                                            at (1, 0, 0) size (1, 5, 4)   ...
                                                            at (1, 5, 0) size (1, 3, 4)
 
-Any cutting can be loaded at any parallel layout: a reader takes the parts of the pieces that its own box meets. torch's
-own FileSystemWriter is not used because it holds a file's tensors until the file is done.
+Any cutting can be loaded at any parallel layout: a reader takes the parts of the pieces that its own box
+meets. Values are neither loaded nor saved here: pieces are laid out around them and the caller copies rows
+from file to file.
 """
 
 from __future__ import annotations
@@ -16,15 +20,15 @@ from __future__ import annotations
 import dataclasses
 import io
 import json
+import os
 import pickle
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import IO, Any, BinaryIO, NamedTuple, cast
 
 import torch
 from megatron.core.dist_checkpointing.core import CONFIG_FNAME, CheckpointingConfig
 from megatron.core.dist_checkpointing.strategies.common import COMMON_STATE_FNAME
-from torch import Tensor
 from torch.distributed.checkpoint.filesystem import CURRENT_DCP_VERSION, _StorageInfo
 from torch.distributed.checkpoint.metadata import (
     BytesStorageMetadata,
@@ -37,13 +41,15 @@ from torch.distributed.checkpoint.metadata import (
 )
 from torch.distributed.checkpoint.utils import _create_file_view
 
+from anchor_megatron.convert.rows import FileRows, Place, Rows, TensorRows
+
 __all__ = ["Box", "DistReader", "DistWriter"]
 
 FILE_BYTES = 10 * 2**30  # a new file is begun beyond this
 
 
 class DistWriter:
-    """Writes one checkpoint into an empty folder; it is none before `finish`."""
+    """Lays one checkpoint out in an empty folder; it is none before `finish`."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
@@ -52,18 +58,34 @@ class DistWriter:
         self._files = 0
         self._stream: BinaryIO | None = None
 
-    def write(self, key: str, offsets: tuple[int, ...], size: tuple[int, ...], piece: Tensor) -> None:
-        """Writes `piece` (as many axes as `size`, the whole tensor's shape) at `offsets` of tensor `key`."""
+    def lay_out(
+        self,
+        key: str,
+        offsets: tuple[int, ...],
+        size: tuple[int, ...],
+        shape: tuple[int, ...],
+        dtype: torch.dtype,
+    ) -> Place:
+        """Makes room for the piece of `shape` at `offsets` of tensor `key`, whose whole shape is `size`.
+
+        Returns where its bytes go, for the caller to write: a torch.save'd tensor keeps them in one run.
+        """
         entry = self._tensors.setdefault(
-            key, TensorStorageMetadata(TensorProperties(dtype=piece.dtype), torch.Size(size), [])
+            key, TensorStorageMetadata(TensorProperties(dtype=dtype), torch.Size(size), [])
         )
-        assert isinstance(entry, TensorStorageMetadata) and entry.size == torch.Size(size), f"{key}: two shapes"
-        assert entry.properties.dtype == piece.dtype, f"{key}: two types"
+        assert isinstance(entry, TensorStorageMetadata) and entry.size == torch.Size(size), (
+            f"{key}: two shapes"
+        )
+        assert entry.properties.dtype == dtype, f"{key}: two types"
         index = MetadataIndex(key, offsets, len(entry.chunks))
-        entry.chunks.append(ChunkStorageMetadata(torch.Size(offsets), piece.shape))
+        entry.chunks.append(ChunkStorageMetadata(torch.Size(offsets), torch.Size(shape)))
         stream, begin = self._position()
-        torch.save(piece, stream)
+        piece, hole = torch.empty(shape, dtype=dtype), _Hole(stream)
+        with torch.serialization.skip_data():  # everything but the values, a hole in their place
+            torch.save(piece, cast("IO[bytes]", hole))
+        assert hole.size == piece.nbytes, f"{key}: a hole of {hole.size} bytes for {piece.nbytes}"
         self._record(index, begin)
+        return Place(stream.fileno(), hole.begin)
 
     def write_state(self, name: str) -> None:
         """Writes an empty module state under `name`."""
@@ -73,7 +95,7 @@ class DistWriter:
         self._record(MetadataIndex(name), begin)
 
     def finish(self) -> None:
-        """Writes the metadata; the last file to appear is the one by which Megatron-Core knows a checkpoint."""
+        """Writes the metadata; Megatron-Core knows a checkpoint by the last file to appear."""
         self.close()
         metadata = Metadata(
             self._tensors,
@@ -106,12 +128,45 @@ class DistWriter:
         self._storage[index] = _StorageInfo(self._name, begin, self._stream.tell() - begin)
 
 
+class _Hole:
+    """A file as torch.save writes one, noting where it leaves out the values: it seeks over them."""
+
+    def __init__(self, stream: BinaryIO) -> None:
+        self.write, self.flush, self.tell = stream.write, stream.flush, stream.tell
+        self._stream = stream
+        self.begin = self.size = 0
+
+    def seek(self, offset: int, whence: int = 0) -> int:
+        """Moves on by `offset`, the bytes of the values."""
+        assert whence == os.SEEK_CUR and not self.size, "torch.save leaves one hole, going forward"
+        self.begin, self.size = self._stream.tell(), offset
+        return self._stream.seek(offset, whence)
+
+
 class Box(NamedTuple):
     """A stored piece: where it begins in its tensor, how large it is, where its bytes are."""
 
     offsets: tuple[int, ...]
     sizes: tuple[int, ...]
     place: Any
+
+    def rows(self, depth: int) -> tuple[int, int]:
+        """First row and the row after the last, axis `depth` being the rows."""
+        return self.offsets[depth], self.offsets[depth] + self.sizes[depth]
+
+
+def _view(file: BinaryIO, begin: int, length: int) -> IO[bytes]:
+    """Bytes [begin, begin + length) of `file` as a file."""
+    return cast("IO[bytes]", _create_file_view(cast(io.IOBase, file), begin, length))
+
+
+def _values_place(file: BinaryIO, begin: int, length: int) -> Place:
+    """Where the values of the torch.save'd tensor at [begin, begin + length) of `file` begin.
+
+    torch.save writes a zip archive without compression; the values are its record data/0.
+    """
+    archive: Any = torch._C.PyTorchFileReader(_view(file, begin, length))
+    return Place(file.fileno(), begin + archive.get_record_offset("data/0"))
 
 
 class DistReader:
@@ -122,12 +177,16 @@ class DistReader:
         self.folder = folder
         path = folder / ".metadata"
         if not path.is_file() or not (folder / CONFIG_FNAME).is_file():
-            raise ValueError(f"{folder}: expected a Megatron-Core checkpoint (.metadata, {CONFIG_FNAME}), got none")
+            raise ValueError(
+                f"{folder}: expected a Megatron-Core checkpoint (.metadata, {CONFIG_FNAME}), got none"
+            )
         try:
             with open(path, "rb") as file:
                 metadata = pickle.load(file)
         except Exception as error:  # a damaged pickle raises nearly anything
-            raise ValueError(f"{path}: expected torch.distributed.checkpoint's metadata, got {error!r}") from error
+            raise ValueError(
+                f"{path}: expected torch.distributed.checkpoint's metadata, got {error!r}"
+            ) from error
         self.tensors: dict[str, TensorStorageMetadata] = {
             key: entry
             for key, entry in metadata.state_dict_metadata.items()
@@ -135,8 +194,15 @@ class DistReader:
         }
         self._boxes: dict[tuple[str, tuple[int, ...]], list[Box]] = {}  # filled key by key
         self._sorted: set[str] = set()
+        self._files: dict[str, BinaryIO] = {}
         self._storage = metadata.storage_data
         self._check_files()
+
+    def dtype(self, key: str) -> torch.dtype:
+        """The type of a tensor. ValueError where there is none of that name."""
+        if key not in self.tensors:
+            raise ValueError(f"{self.folder}: {key}: got no such tensor, expected one")
+        return self.tensors[key].properties.dtype
 
     def boxes(self, key: str, index: tuple[int, ...]) -> list[Box]:
         """The pieces of `key` whose leading offsets are `index`, each of size one along those axes."""
@@ -149,46 +215,62 @@ class DistReader:
                 self._boxes.setdefault((key, offsets[: len(index)]), []).append(box)
         return self._boxes.get((key, index), [])
 
-    def read(self, box: Box) -> Tensor:
-        """The piece's tensor. ValueError where its file is damaged."""
-        with open(self.folder / box.place.relative_path, "rb") as file:
-            view = _create_file_view(file, box.place.offset, box.place.length)
-            try:
-                found = torch.load(view, map_location="cpu", weights_only=True)
-            except Exception as error:  # pickle, zip and torch each raise their own
-                raise ValueError(f"{self.folder / box.place.relative_path}: damaged: {error}") from error
-        if tuple(found.shape) != box.sizes:
-            raise ValueError(f"{file.name}: got a piece of {tuple(found.shape)}, expected {box.sizes}")
-        return found
+    def bands(self, key: str, index: tuple[int, ...]) -> Iterator[tuple[int, Rows]]:
+        """The slice at `index` in runs of rows: (first row, rows), each as long as the pieces are.
 
-    def bands(self, key: str, index: tuple[int, ...]) -> Iterator[tuple[int, Tensor]]:
-        """The slice at `index` in runs of rows: (first row, [rows, ...]), each as long as the pieces are.
-
-        Pieces that tensor parallelism cut by columns are put together, so a band and one piece are in memory at once.
+        Pieces that tensor parallelism cut by columns are put together in memory, a band and one piece at a
+        time.
         """
-        depth, size = len(index), self.tensors[key].size[len(index) :]
+        depth, size = len(index), tuple(self.tensors[key].size[len(index) :])
         boxes = self.boxes(key, index)
-        edges = sorted({row for box in boxes for row in (box.offsets[depth], box.offsets[depth] + box.sizes[depth])})
+        edges = sorted({row for box in boxes for row in box.rows(depth)})
         for start, stop in zip(edges, edges[1:], strict=False):
-            meets = [box for box in boxes if box.offsets[depth] < stop and box.offsets[depth] + box.sizes[depth] > start]
-            if len(meets) == 1 and meets[0].sizes[depth + 1 :] == size[1:]:
-                yield start, self._rows(meets[0], depth, start, stop)
+            meets = [box for box in boxes if box.rows(depth)[0] < stop and box.rows(depth)[1] > start]
+            if (
+                len(meets) == 1
+                and meets[0].sizes[depth + 1 :] == size[1:]
+                and meets[0].rows(depth) == (start, stop)
+            ):
+                yield start, self._rows(meets[0], depth)
                 continue
-            band = torch.empty(stop - start, *size[1:], dtype=self.tensors[key].properties.dtype)
+            band = torch.empty(stop - start, *size[1:], dtype=self.dtype(key))
             filled = 0
             for box in meets:
-                part = self._rows(box, depth, start, stop)
+                part = self._rows(box, depth).read(start - box.rows(depth)[0], stop - start)
                 column = box.offsets[depth + 1] if len(size) > 1 else 0
                 band.narrow(-1, column, part.shape[-1]).copy_(part)
                 filled += part.numel()
             if filled != band.numel():
                 raise ValueError(f"{self.folder}: {key}: got {filled} values of rows [{start}, {stop}), "
                                  f"expected {band.numel()}")  # fmt: skip
-            yield start, band
+            yield start, TensorRows(band)
 
-    def _rows(self, box: Box, depth: int, start: int, stop: int) -> Tensor:
-        """Rows [start, stop) of the slice, those columns that the piece has."""
-        return self.read(box).view(box.sizes[depth:])[start - box.offsets[depth] : stop - box.offsets[depth]]
+    def close(self) -> None:
+        """Closes the files."""
+        while self._files:
+            self._files.popitem()[1].close()
+
+    def _rows(self, box: Box, depth: int) -> Rows:
+        """The piece by its rows: on disk where its values lie in order. ValueError: its file is damaged."""
+        name = box.place.relative_path
+        if name not in self._files:
+            self._files[name] = open(self.folder / name, "rb")
+        try:
+            view = _view(self._files[name], box.place.offset, box.place.length)
+            with torch.serialization.skip_data():  # its shape and order, not its values
+                tensor = torch.load(view, map_location="cpu", weights_only=True)
+            shape = tuple(tensor.shape)
+            if tensor.is_contiguous() and tensor.untyped_storage().nbytes() == tensor.nbytes:
+                place = _values_place(self._files[name], box.place.offset, box.place.length)
+                rows: Rows = FileRows(place, shape[depth:], tensor.dtype)
+            else:
+                view.seek(0)
+                rows = TensorRows(torch.load(view, map_location="cpu", weights_only=True).view(shape[depth:]))
+        except Exception as error:  # pickle, zip and torch each raise their own
+            raise ValueError(f"{self.folder / name}: damaged at byte {box.place.offset}: {error}") from error
+        if shape != box.sizes:
+            raise ValueError(f"{self.folder / name}: got a piece of {shape}, expected {box.sizes}")
+        return rows
 
     def _check_files(self) -> None:
         """Every file is there and as long as the metadata says."""
@@ -199,4 +281,6 @@ class DistReader:
             path = self.folder / name
             size = path.stat().st_size if path.is_file() else None
             if size is None or size < end:
-                raise ValueError(f"{path}: got {'no such file' if size is None else f'{size} bytes'}, expected {end} bytes")
+                raise ValueError(
+                    f"{path}: got {'no such file' if size is None else f'{size} bytes'}, expected {end} bytes"
+                )

@@ -2,18 +2,21 @@
 
 A tensor table maps a Megatron-Core key to the Hugging Face tensors whose rows make it up:
 
-    "mlp.linear_fc1.weight": stack(("mlp.gate_proj.weight", "ffn"), ("mlp.up_proj.weight", "ffn"), columns="hidden")
+    "mlp.linear_fc1.weight": stack(("mlp.gate_proj.weight", "ffn"), ("mlp.up_proj.weight", "ffn"), ...)
 
-reads: the rows of gate_proj, `ffn` of them, then those of up_proj. `groups` interleaves queries, keys and values the way
-Megatron-Core keeps them: for each key/value head its query heads, itself, its value head. With 4 query heads, 2
-key/value heads and heads of one row, [q0 q1 q2 q3], [k0 k1], [v0 v1] become [q0 q1 k0 v0 q2 q3 k1 v1].
+reads: the rows of gate_proj, `ffn` of them, then those of up_proj. `groups` interleaves queries, keys and
+values the way Megatron-Core keeps them: for each key/value head its query heads, itself, its value head. With
+4 query heads, 2 key/value heads and heads of one row, [q0 q1 q2 q3], [k0 k1], [v0 v1] become [q0 q1 k0 v0 q2
+q3 k1 v1].
 
-A Hugging Face tensor named twice in one entry (Phi-3 fuses q, k and v) lends successive rows of itself. Keys are below
-`decoder.layers.`, names below `model.layers.<layer>.`, `{expert}` counts experts. Nothing is transposed or rescaled: a
-family that needs that (Gemma adds one to its norms and caps its logits) is not a table and is refused by name.
+A Hugging Face tensor named twice in one entry (Phi-3 fuses q, k and v) lends successive rows of itself. Keys
+are below `decoder.layers.`, names below `model.layers.<layer>.`, `{expert}` counts experts. Nothing is
+transposed or rescaled: a family that needs that (Gemma adds one to its norms and caps its logits) is not a
+table and is refused by name.
 
-Configuration fields fall into four sets, and one in none of them is refused: those that become a field of ModelConfig,
-the rotary ones (`hf_config.py`), those that must have one value because our model has no other, and the neutral ones.
+Configuration fields fall into four sets, and one in none of them is refused: those that become a field of
+ModelConfig, the rotary ones (`hf_config.py`), those that must have one value because our model has no other,
+and the neutral ones.
 """
 
 from __future__ import annotations
@@ -26,7 +29,7 @@ __all__ = ["FAMILIES", "NEUTRAL_FIELDS", "ROPE_FIELDS", "Family", "Layout"]
 
 @dataclass(frozen=True)
 class Layout:
-    """How one Megatron-Core tensor is made of rows of Hugging Face tensors; sizes are named as in `mapping.sizes`."""
+    """How one Megatron-Core tensor is made of rows of Hugging Face's; sizes are those of `mapping.sizes`."""
 
     parts: tuple[tuple[str, str], ...]  # (Hugging Face name, number of rows)
     columns: str | None = None
@@ -79,6 +82,11 @@ _QK_NORM = {
 }
 
 
+_FUSED_QKV = groups(
+    "self_attn.qkv_proj.weight", "self_attn.qkv_proj.weight", "self_attn.qkv_proj.weight", columns="hidden"
+)
+
+
 def _gated_mlp(gate: str, up: str, down: str) -> dict[str, Layout]:
     return {
         "linear_fc1.weight": stack((f"{gate}.weight", "ffn"), (f"{up}.weight", "ffn"), columns="hidden"),
@@ -111,16 +119,16 @@ _DEFAULTS = {"rms_norm_eps": 1e-6, "initializer_range": 0.02, "tie_word_embeddin
 _FIXED = {"hidden_act": "silu", "attention_dropout": 0.0}
 _NO_WINDOW = {"sliding_window": None}
 # Qwen's files name a window that use_sliding_window switches off
-_QWEN_FIXED = _FIXED | {"use_sliding_window": False}
+_QWEN_FIXED = _FIXED | {"use_sliding_window": False, "use_mrope": False}
 _QWEN_UNUSED = frozenset({"sliding_window", "max_window_layers"})
 
 ROPE_FIELDS = frozenset({"rope_theta", "rope_scaling", "rope_parameters"})
 NEUTRAL_FIELDS = frozenset(
-    """_name_or_path _commit_hash architectures auto_map model_type dtype torch_dtype transformers_version use_cache
-    bos_token_id eos_token_id pad_token_id unk_token_id sep_token_id tokenizer_class pretraining_tp
-    output_router_logits router_aux_loss_coef original_max_position_embeddings return_dict
-    output_attentions output_hidden_states chunk_size_feed_forward is_encoder_decoder id2label label2id
-    problem_type""".split()
+    """_name_or_path _commit_hash architectures auto_map model_type dtype torch_dtype transformers_version
+    use_cache bos_token_id eos_token_id pad_token_id unk_token_id sep_token_id tokenizer_class pretraining_tp
+    output_router_logits router_aux_loss_coef original_max_position_embeddings return_dict output_attentions
+    output_hidden_states chunk_size_feed_forward is_encoder_decoder id2label label2id problem_type
+    is_llama_config""".split()
 )
 
 FAMILIES: dict[str, Family] = {
@@ -129,7 +137,7 @@ FAMILIES: dict[str, Family] = {
         layer=_ATTENTION | _MLP,
         fields=_FIELDS,
         defaults=_DEFAULTS | {"max_position_embeddings": 2048},
-        fixed=_FIXED | {"attention_bias": False, "mlp_bias": False},
+        fixed=_FIXED | {"attention_bias": False, "mlp_bias": False, "rope_interleaved": False},
     ),
     "mistral": Family(
         architecture="MistralForCausalLM",
@@ -161,13 +169,13 @@ FAMILIES: dict[str, Family] = {
         architecture="Phi3ForCausalLM",
         layer=_ATTENTION
         | {
-            "self_attention.linear_qkv.weight": groups(*["self_attn.qkv_proj.weight"] * 3, columns="hidden"),
+            "self_attention.linear_qkv.weight": _FUSED_QKV,
             "mlp.linear_fc1.weight": stack(*[("mlp.gate_up_proj.weight", "ffn")] * 2, columns="hidden"),
             "mlp.linear_fc2.weight": _MLP["mlp.linear_fc2.weight"],
         },
         fields=_FIELDS,
         defaults=_DEFAULTS | {"max_position_embeddings": 4096, "rms_norm_eps": 1e-5},
-        fixed=_FIXED | _NO_WINDOW | {"embd_pdrop": 0.0, "resid_pdrop": 0.0},
+        fixed=_FIXED | _NO_WINDOW | {"embd_pdrop": 0.0, "resid_pdrop": 0.0, "attention_bias": False},
     ),
     "mixtral": Family(
         architecture="MixtralForCausalLM",

@@ -1,11 +1,12 @@
 """Hugging Face's config.json to ModelConfig and back.
 
-    {"model_type": "llama", "hidden_size": 4096, ..., "rope_theta": 5e5}   <->   ModelConfig(hidden_size=4096, ...)
+    {"model_type": "llama", "hidden_size": 4096, ..., "rope_theta": 5e5}   <->   ModelConfig(hidden_size=4096,
+    ...)
 
-Reading refuses, by name, every field that it does not know and every value that our model would compute differently:
-nothing that changes the mathematics is skipped in silence. Writing starts from the source's own file where there is one
-and replaces what training may change: the rotary embedding and the longest context. Rotary settings are written as
-`rope_theta` and `rope_scaling`, which transformers 5 and 4 both read.
+Reading refuses, by name, every field that it does not know and every value that our model would compute
+differently: nothing that changes the mathematics is skipped in silence. Writing starts from the source's own
+file where there is one and replaces what training may change: the rotary embedding and the longest context.
+Rotary settings are written as `rope_theta` and `rope_scaling`, which transformers 5 and 4 both read.
 """
 
 from __future__ import annotations
@@ -62,7 +63,7 @@ def family_of(hf: dict[str, Any]) -> Family:
 
 
 def read_model(hf: dict[str, Any]) -> ModelConfig:
-    """The model that a config.json describes. ValueError names the field that is unknown, missing or beyond us."""
+    """The model that a config.json describes. ValueError names the field that does not fit."""
     family = family_of(hf)
     given = {family.aliases.get(name, name): value for name, value in hf.items()}
     _refuse_unknown(given, family)
@@ -96,10 +97,9 @@ def extend(model: ModelConfig, preset: str | None, overrides: list[str]) -> Mode
     if preset is not None and preset not in EXTENSIONS:
         raise ValueError(f"--extend: got {preset!r}, expected one of {', '.join(EXTENSIONS)}")
     try:
-        given = OmegaConf.to_container(OmegaConf.from_dotlist(overrides))
+        given: Any = OmegaConf.to_container(OmegaConf.from_dotlist(overrides))
     except OmegaConfBaseException as error:
         raise ValueError(f"overrides {' '.join(overrides)}: {error}") from error
-    assert isinstance(given, dict), "from_dotlist makes a dictionary"
     for name in given:
         if name not in _TRAINABLE:
             raise ValueError(f"override {name}: expected one of {', '.join(sorted(_TRAINABLE))}")
@@ -121,16 +121,17 @@ def write_hf_config(
 ) -> dict[str, Any]:
     """The config.json of `model`.
 
-    source: the config.json it was imported with, whose other fields are kept; None for a model trained from scratch,
-    whose family is then the one that has its features. longest: max_position_embeddings where the model leaves it
-    open. token_ids: bos_token_id and such, for a model without a source. ValueError where no family has the model's
-    features, or the source describes another model.
+    source: the config.json it was imported with, whose other fields are kept; None for a model trained from
+    scratch, whose family is then the one that has its features. longest: max_position_embeddings where the
+    model leaves it open. token_ids: bos_token_id and such, for a model without a source. ValueError where no
+    family has the model's features, or the source describes another model.
     """
     if source is not None:
         _check_same_model(model, read_model(source))
         hf = {name: value for name, value in source.items() if name not in ROPE_FIELDS | {"auto_map"}}
     else:
-        hf = _from_scratch(model) | token_ids | {"torch_dtype": torch_dtype}
+        hf = _from_scratch(model) | token_ids
+    hf["dtype" if "dtype" in hf else "torch_dtype"] = torch_dtype
     scaling = dict(model.rope_scaling) if model.rope_scaling else None
     hf["max_position_embeddings"] = model.max_position_embeddings or longest
     hf["rope_theta"] = model.rotary_base
@@ -155,7 +156,7 @@ def _refuse_unknown(given: dict[str, Any], family: Family) -> None:
             continue
         elif name not in known and name != "layer_types":
             raise ValueError(
-                f"config.json: {name}: got {value!r}, expected no such field in a {given['model_type']} model; "
+                f"config.json: {name}: got {value!r}, expected no such field in {given['model_type']}; "
                 "if it changes nothing in the model's computation, remove it from the file"
             )
     for name, expected in family.fixed.items():
@@ -167,7 +168,7 @@ def _refuse_unknown(given: dict[str, Any], family: Family) -> None:
 
 
 def _read_rope(given: dict[str, Any], family: Family, longest: int) -> tuple[float, dict[str, Any] | None]:
-    """Theta and the scaling (None for none) from the old fields, transformers 5's `rope_parameters`, or both."""
+    """Theta and the scaling (None for none) from the old fields, `rope_parameters`, or both."""
     styles = [dict(given[name]) for name in ("rope_scaling", "rope_parameters") if given.get(name)]
     bases = [style.pop("rope_theta") for style in styles if style.get("rope_theta") is not None]
     if given.get("rope_theta") is not None:
@@ -205,7 +206,7 @@ def _check_rope(model: ModelConfig) -> None:
 
 
 def _same_kind(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
-    """Constants given alone (rope_scaling.factor=8) change the model's own scaling; a named kind replaces it."""
+    """Constants alone (rope_scaling.factor=8) change the model's own scaling; a named kind replaces it."""
     return new if "rope_type" in new or "type" in new else old | new
 
 
@@ -229,11 +230,7 @@ def _from_scratch(model: ModelConfig) -> dict[str, Any]:
     values = dataclasses.asdict(model)
     values["kv_channels"] = model.kv_channels or model.hidden_size // model.num_attention_heads
     hf |= {name: values[ours] for name, ours in family.fields.items()}
-    hf |= {name: value for name, value in family.fixed.items() if value is not None} | {
-        "attention_bias": False
-    }
-    if family.fixed.get("sliding_window", ...) is None:
-        hf["sliding_window"] = None
+    hf |= family.fixed
     if "intermediate_size" in family.unused:
         hf["intermediate_size"] = model.ffn_hidden_size
     if model.num_experts is not None:
@@ -253,7 +250,8 @@ def _family_by_features(model: ModelConfig) -> str:
     }
     if features not in families or families[features] == "mixtral" and not model.moe_normalize_topk:
         raise ValueError(
-            f"model: got qk_layernorm={features[0]}, add_qkv_bias={features[1]}, num_experts={model.num_experts}, "
+            f"model: got qk_layernorm={features[0]}, add_qkv_bias={features[1]}, "
+            f"num_experts={model.num_experts}, "
             f"moe_normalize_topk={model.moe_normalize_topk}, expected what one of {', '.join(FAMILIES)} has"
         )
     return families[features]

@@ -5,29 +5,27 @@
                      config.yaml    the model section of a run's configuration
                      hf_config.json, generation_config.json, tokenizer/    the source's, kept for export
 
-No model is built. Tensors pass through memory in pieces of at most `PIECE_BYTES`: read into place from the source's
-files, in the order of Megatron-Core's rows, and written.
+No model is built and no tensor is loaded: rows are copied from file to file, in the order of Megatron-Core's
+rows, into pieces of at most `PIECE_BYTES`.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
 
 from anchor_megatron.config import ModelConfig
 from anchor_megatron.convert.aside import check_room, written_aside
 from anchor_megatron.convert.dist_files import DistWriter
-from anchor_megatron.convert.families import Family
 from anchor_megatron.convert.hf_config import extend, family_of, read_hf_config, read_model
 from anchor_megatron.convert.mapping import Entry, Run, entries, extra_states, hf_shapes
+from anchor_megatron.convert.rows import Place, row_bytes, same_values, total_bytes
 from anchor_megatron.convert.sources import Source, open_source
 
 __all__ = ["PIECE_BYTES", "STEP", "TOKENIZER_FILES", "import_checkpoint"]
@@ -35,8 +33,8 @@ __all__ = ["PIECE_BYTES", "STEP", "TOKENIZER_FILES", "import_checkpoint"]
 PIECE_BYTES = 64 * 2**20
 STEP = "step_0000000"
 TOKENIZER_FILES = (
-    "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json",
-    "vocab.json", "merges.txt", "vocab.txt", "chat_template.jinja", "chat_template.json",
+    "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json",
+    "added_tokens.json", "vocab.json", "merges.txt", "vocab.txt", "chat_template.jinja", "chat_template.json",
 )  # fmt: skip
 
 
@@ -53,8 +51,9 @@ def import_checkpoint(
 ) -> ModelConfig:
     """Writes the model in folder `hf` to the new folder `out`; returns the model's configuration.
 
-    extension, overrides: see `hf_config.extend`. progress: called with every number of bytes done; the first call has
-    minus the total. Raises ValueError naming the file, field or tensor, OSError where the disk refuses.
+    extension, overrides: see `hf_config.extend`. progress: called with every number of bytes done; the first
+    call has minus the total. Raises ValueError naming the file, field or tensor, OSError where the disk
+    refuses.
     """
     description = read_hf_config(hf / "config.json")
     family, model = family_of(description), extend(read_model(description), extension, overrides or [])
@@ -75,22 +74,31 @@ def import_checkpoint(
     return model
 
 
-def _check_tensors(source: Source, model_entries: list[Entry], model: ModelConfig, say: Callable[[str], None]) -> int:
+def _check_tensors(
+    source: Source, model_entries: list[Entry], model: ModelConfig, say: Callable[[str], None]
+) -> int:
     """Bytes of the model, once every tensor is there in its shape, and no other."""
     expected = hf_shapes(model_entries)
     for name, shape in expected.items():
         if name not in source.tensors:
             raise ValueError(f"{name}: got no such tensor, expected one of shape {shape}")
         if source.tensors[name].shape != shape:
-            raise ValueError(f"{name}: got shape {source.tensors[name].shape}, expected {shape} by config.json")
+            raise ValueError(
+                f"{name}: got shape {source.tensors[name].shape}, expected {shape} by config.json"
+            )
     for entry in model_entries:
         dtypes = {source.tensors[run.name].dtype for run in entry.runs}
         if len(dtypes) > 1:
-            raise ValueError(f"{entry.runs[0].name}: got types {dtypes} in tensors that are kept as one, expected one")
+            raise ValueError(
+                f"{entry.runs[0].name}: got types {dtypes} in tensors that are kept as one, expected one"
+            )
     left_out = _unused(source, expected, model)
     if left_out:
-        say(f"left out {len(left_out)} tensors that repeat others or follow from config.json, such as {left_out[0]}")
-    return sum(math.prod(shape) * source.tensors[name].dtype.itemsize for name, shape in expected.items())
+        say(
+            f"left out {len(left_out)} tensors that repeat others or follow from config.json, "
+            f"such as {left_out[0]}"
+        )
+    return sum(total_bytes(source.tensors[name]) for name in expected)
 
 
 def _unused(source: Source, expected: dict[str, Any], model: ModelConfig) -> list[str]:
@@ -100,23 +108,16 @@ def _unused(source: Source, expected: dict[str, Any], model: ModelConfig) -> lis
         if name in expected:
             continue
         if name == "lm_head.weight" and model.tie_embeddings:
-            _check_tied(source, name, "model.embed_tokens.weight")
+            if not same_values(info, source.tensors["model.embed_tokens.weight"]):
+                raise ValueError(
+                    f"{name}: got other values than the embedding's; tie_word_embeddings promises the same"
+                )
         elif not name.endswith(".rotary_emb.inv_freq"):
-            raise ValueError(f"{name}: got a tensor of shape {info.shape}, expected none of that name in this family")
+            raise ValueError(
+                f"{name}: got a tensor of shape {info.shape}, expected none of that name in this family"
+            )
         left_out.append(name)
     return left_out
-
-
-def _check_tied(source: Source, first: str, second: str) -> None:
-    info = source.tensors[second]
-    rows = max(1, PIECE_BYTES // (info.shape[1] * info.dtype.itemsize))
-    for start in range(0, info.shape[0] if source.tensors[first] == info else 1, rows):
-        pair = [torch.empty(min(rows, info.shape[0] - start), info.shape[1], dtype=info.dtype) for _ in range(2)]
-        if source.tensors[first] == info:
-            source.read_rows(first, start, pair[0])
-            source.read_rows(second, start, pair[1])
-        if source.tensors[first] != info or not torch.equal(*(half.view(torch.uint8) for half in pair)):
-            raise ValueError(f"{first}: got other values than {second}'s, expected the same: tie_word_embeddings is true")
 
 
 def _write_weights(
@@ -126,19 +127,19 @@ def _write_weights(
     try:
         for entry in model_entries:
             dtype = source.tensors[entry.runs[0].name].dtype
+            size = entry.leading + (entry.shape[0] + entry.padding, *entry.shape[1:])
             row = 0
             for runs in _pieces(entry, PIECE_BYTES // dtype.itemsize):
-                piece = torch.empty(sum(run.rows for run in runs), *entry.shape[1:], dtype=dtype)
-                filled = 0
-                for run in runs:
-                    source.read_rows(run.name, run.start, piece[filled : filled + run.rows])
-                    filled += run.rows
-                offsets = (*entry.index, row, *(0 for _ in entry.shape[1:]))
-                stacked = piece.view(*(1 for _ in entry.index), *piece.shape)
+                rows = sum(run.rows for run in runs)
                 for key in (entry.key, *entry.other_keys):
-                    writer.write(key, offsets, entry.leading + entry.shape, stacked)
-                row += filled
-                progress(piece.nbytes)
+                    offsets = (*entry.index, row, *(0 for _ in entry.shape[1:]))
+                    shape = (*(1 for _ in entry.index), rows, *entry.shape[1:])
+                    place = writer.lay_out(key, offsets, size, shape, dtype)
+                    _fill(place, source, runs)
+                row += rows
+                progress(rows * math.prod(entry.shape[1:]) * dtype.itemsize)
+            if entry.padding:  # a piece of zeros: its values are left a hole in the file
+                writer.lay_out(entry.key, (row, 0), size, (entry.padding, *entry.shape[1:]), dtype)
         for state in states:
             writer.write_state(state)
         writer.finish()
@@ -146,8 +147,15 @@ def _write_weights(
         writer.close()
 
 
+def _fill(place: Place, source: Source, runs: list[Run]) -> None:
+    for run in runs:
+        rows = source.tensors[run.name]
+        rows.copy(run.start, run.rows, place)
+        place = Place(place.descriptor, place.offset + run.rows * row_bytes(rows))
+
+
 def _pieces(entry: Entry, most_values: int) -> Iterator[list[Run]]:
-    """The entry's runs in order, cut and gathered into pieces of at most `most_values` values (one row at least)."""
+    """The entry's runs in order, in pieces of `most_values` values at most (or one row)."""
     most_rows = max(1, most_values // math.prod(entry.shape[1:]))
     piece: list[Run] = []
     room = most_rows

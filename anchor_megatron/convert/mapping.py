@@ -1,17 +1,20 @@
-"""A family's tensor table, spelled out for one model: which rows of which Hugging Face tensor lie where in Megatron-Core.
+"""A family's tensor table, spelled out for one model: which rows of which Hugging Face tensor lie where in
+Megatron-Core.
 
-Megatron-Core's checkpoints stack the layers (and experts) along leading axes. One `Entry` is one layer's (expert's) part
-of a key, with its rows as runs of Hugging Face rows. Layer 1 of 2, hidden size 4, 4 query and 2 key/value heads of size 2:
+Megatron-Core's checkpoints stack the layers (and experts) along leading axes. One `Entry` is one layer's
+(expert's) part of a key, with its rows as runs of Hugging Face rows. Layer 1 of 2, hidden size 4, 4 query and
+2 key/value heads of size 2:
 
     key decoder.layers.self_attention.linear_qkv.weight   index (1,) of (2,)   shape (16, 4)
     runs q_proj[0:4] k_proj[0:2] v_proj[0:2]  q_proj[4:8] k_proj[2:4] v_proj[2:4]
 
-Both directions walk the same runs. The vocabulary is not padded here: Megatron-Core lets the embedding's rows differ
-from a checkpoint's, so each model pads for its own tensor parallelism, and rows beyond `vocab_size` stay behind on export.
+Both directions walk the same runs. The vocabulary is padded with zeros as the model pads it for tensor
+parallelism; whatever the padding of a checkpoint, rows beyond `vocab_size` stay behind on export.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -43,6 +46,7 @@ class Entry:
     shape: tuple[int, ...]  # of the slice itself: (rows,) or (rows, columns)
     runs: tuple[Run, ...]
     other_keys: tuple[str, ...] = ()  # under which Megatron-Core may look for the same tensor
+    padding: int = 0  # rows of zeros after the runs: Megatron-Core pads the vocabulary
 
 
 def sizes(model: ModelConfig) -> dict[str, int]:
@@ -63,11 +67,11 @@ def sizes(model: ModelConfig) -> dict[str, int]:
 def entries(family: Family, model: ModelConfig) -> Iterator[Entry]:
     """Every tensor of the model, in Hugging Face's order: embedding, layers, final norm, output."""
     size = sizes(model)
-    vocabulary = Layout((("model.embed_tokens.weight", "vocab"),), "hidden")
-    yield _entry("embedding.word_embeddings.weight", vocabulary, model, size)
+    yield _vocabulary("embedding.word_embeddings.weight", "model.embed_tokens.weight", model, size)
     for layer in range(model.num_layers):
         for key, layout in family.layer.items():
-            # in a mixture of experts the norm before the experts is a module of its own under TransformerEngine
+            # in a mixture of experts the norm before the experts is a module of its own under
+            # TransformerEngine
             other = (f"decoder.layers.{_SEPARATE_NORM}",) if family.expert and key == _FUSED_NORM else ()
             yield _entry(f"decoder.layers.{key}", layout, model, size, (layer,), other)
         for expert in range(size["experts"]):
@@ -77,7 +81,7 @@ def entries(family: Family, model: ModelConfig) -> Iterator[Entry]:
                 )
     yield _entry("decoder.final_layernorm.weight", Layout((("model.norm.weight", "hidden"),)), model, size)
     if not model.tie_embeddings:
-        yield _entry("output_layer.weight", Layout((("lm_head.weight", "vocab"),), "hidden"), model, size)
+        yield _vocabulary("output_layer.weight", "lm_head.weight", model, size)
 
 
 def hf_shapes(model_entries: list[Entry]) -> dict[str, tuple[int, ...]]:
@@ -129,6 +133,11 @@ def _entry(
     shape = (rows,) if layout.columns is None else (rows, size[layout.columns])
     leading = (model.num_layers, size["experts"])[: len(index)]
     return Entry(key, index, leading, shape, runs, other_keys)
+
+
+def _vocabulary(key: str, name: str, model: ModelConfig, size: dict[str, int]) -> Entry:
+    entry = _entry(key, Layout(((name, "vocab"),), "hidden"), model, size)
+    return dataclasses.replace(entry, padding=-size["vocab"] % model.make_vocab_size_divisible_by)
 
 
 def _stacked(layout: Layout, size: dict[str, int]) -> Iterator[Run]:

@@ -1,15 +1,14 @@
-"""Hugging Face weights on disk, read a few rows at a time.
+"""Hugging Face weights on disk, by name.
 
-A safetensors file is 8 bytes of header length, a JSON header {name: {dtype, shape, data_offsets}}, then the tensors'
-bytes. Rows of a tensor are one run of bytes, so they are read straight into place: no mapping of whole files, whose
-address space a memory limit would count, and no copy.
+A safetensors file is 8 bytes of header length, a JSON header {name: {dtype, shape, data_offsets}}, then the
+tensors' bytes. Rows of a tensor are one run of bytes, so they can be copied without reading the rest: no
+mapping of whole files, whose address space a memory limit would count.
 
     source = open_source(folder)
-    source.tensors["model.norm.weight"]                  -> TensorInfo(shape=(64,), dtype=torch.bfloat16)
-    source.read_rows("lm_head.weight", 10, out_RC)       fills out with rows [10, 10 + R)
+    source.tensors["model.norm.weight"]      -> FileRows(Place(fd, 5120), shape=(64,), dtype=torch.bfloat16)
 
-Everything about the files (a shard that is missing or cut short, a header that contradicts itself, a hash) is checked
-when the folder is opened, before anything is written.
+Everything about the files (a shard that is missing or cut short, a header that contradicts itself, a hash) is
+checked when the folder is opened, before anything is written.
 """
 
 from __future__ import annotations
@@ -18,48 +17,47 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 
-__all__ = ["DTYPES", "SafetensorsSource", "Source", "TensorInfo", "as_bytes", "open_source"]
+from anchor_megatron.convert.rows import FileRows, Place, Rows, TensorRows
+
+__all__ = ["DTYPES", "Source", "open_source"]
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _LONGEST_HEADER = 100_000_000  # bytes; the safetensors library's own limit
 _HASH_BLOCK = 1 << 24
 
 
-@dataclass(frozen=True)
-class TensorInfo:
-    """Shape and type of a tensor on disk."""
+class Source:
+    """A model's tensors, and the files they lie in, open until `close`."""
 
-    shape: tuple[int, ...]
-    dtype: torch.dtype
+    def __init__(self) -> None:
+        self.tensors: dict[str, Rows] = {}
+        self.descriptors: list[int] = []
 
-
-class Source(Protocol):
-    """A model's tensors."""
-
-    tensors: dict[str, TensorInfo]
-
-    def read_rows(self, name: str, start: int, out: Tensor) -> None:
-        """Fills contiguous `out` [rows, ...] with rows [start, start + rows) of tensor `name`."""
-        ...
+    def add(self, path: Path, name: str, rows: Rows) -> None:
+        """Takes a tensor in; ValueError for a name that is there already."""
+        if name in self.tensors:
+            raise ValueError(f"{path}: {name}: got it in two files, expected it in one")
+        self.tensors[name] = rows
 
     def close(self) -> None:
         """Closes the files."""
-        ...
+        self.tensors.clear()
+        while self.descriptors:
+            os.close(self.descriptors.pop())
 
 
 def open_source(folder: Path, *, allow_pickle: bool = False, check_hashes: bool = False) -> Source:
     """The weights in `folder`: safetensors, or with `allow_pickle` .bin files where there are no safetensors.
 
-    check_hashes: compare every file with the SHA-256 known for it (see `known_hashes`). Raises ValueError naming the
-    file for whatever is missing, cut short or contradictory.
+    check_hashes: compare every file with the SHA-256 known for it (see `known_hashes`). Raises ValueError
+    naming the file for whatever is missing, cut short or contradictory.
     """
     for suffix, name in (("safetensors", "model.safetensors"), ("bin", "pytorch_model.bin")):
         files = _weight_files(folder, name)
@@ -72,86 +70,44 @@ def open_source(folder: Path, *, allow_pickle: bool = False, check_hashes: bool 
             )
         if check_hashes:
             _check_hashes(folder, files)
-        return SafetensorsSource(files) if suffix == "safetensors" else PickleSource(files)
+        return _open(files, _add_safetensors if suffix == "safetensors" else _add_pickle)
     raise ValueError(f"{folder}: expected model.safetensors or model.safetensors.index.json, got neither")
 
 
-class SafetensorsSource:
-    """Tensors of safetensors files."""
-
-    def __init__(self, files: dict[Path, list[str] | None]) -> None:
-        """files: paths, each with the names it must hold (None: whatever it holds)."""
-        self.tensors: dict[str, TensorInfo] = {}
-        self._places: dict[str, tuple[int, int]] = {}  # name -> file descriptor, offset of the first byte
-        self._descriptors: list[int] = []
-        try:
-            for path, names in files.items():
-                self._add(path, names)
-        except BaseException:
-            self.close()
-            raise
-
-    def read_rows(self, name: str, start: int, out: Tensor) -> None:
-        """See `Source`."""
-        info, (descriptor, first) = self.tensors[name], self._places[name]
-        row_bytes = out.element_size() * (out[:1].numel() if out.dim() else 1)
-        assert out.dtype == info.dtype and start + len(out) <= info.shape[0], f"{name}: rows out of range"
-        view, offset = as_bytes(out), first + start * row_bytes
-        while view:
-            count = os.preadv(descriptor, [view], offset)
-            if count == 0:
-                raise ValueError(f"{name}: its file ended while it was read")
-            view, offset = view[count:], offset + count
-
-    def close(self) -> None:
-        """Closes the files."""
-        while self._descriptors:
-            os.close(self._descriptors.pop())
-
-    def _add(self, path: Path, names: list[str] | None) -> None:
-        descriptor = os.open(path, os.O_RDONLY)
-        self._descriptors.append(descriptor)
-        header, first = _read_header(path, descriptor)
-        for name, entry in header.items():
-            if name in self.tensors:
-                raise ValueError(f"{path}: {name}: got it in two files, expected it in one")
-            self.tensors[name] = TensorInfo(tuple(entry["shape"]), DTYPES[entry["dtype"]])
-            self._places[name] = (descriptor, first + entry["data_offsets"][0])
-        missing = [name for name in names or () if name not in header]
-        if missing:
-            raise ValueError(f"{path}: expected {missing[0]}, as the index says, got a file without it")
+def _open(files: dict[Path, list[str] | None], add: Callable[[Source, Path], None]) -> Source:
+    """files: paths, each with the names it must hold (None: whatever it holds)."""
+    source = Source()
+    try:
+        for path, names in files.items():
+            add(source, path)
+            missing = [name for name in names or () if name not in source.tensors]
+            if missing:
+                raise ValueError(f"{path}: expected {missing[0]}, as the index says, got a file without it")
+    except BaseException:
+        source.close()
+        raise
+    return source
 
 
-class PickleSource:
-    """Tensors of torch.save'd files, loaded with weights_only and mapped rather than read."""
-
-    def __init__(self, files: dict[Path, list[str] | None]) -> None:
-        self.tensors: dict[str, TensorInfo] = {}
-        self._loaded: dict[str, Tensor] = {}
-        for path in files:
-            try:
-                state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-            except Exception as error:  # pickle, zip and torch each raise their own
-                raise ValueError(f"{path}: torch cannot load it with weights_only: {error}") from error
-            for name, tensor in state.items():
-                if not isinstance(tensor, Tensor) or tensor.dtype not in DTYPES.values():
-                    raise ValueError(f"{path}: {name}: got {type(tensor).__name__}, expected a floating-point tensor")
-                self.tensors[name] = TensorInfo(tuple(tensor.shape), tensor.dtype)
-                self._loaded[name] = tensor
-
-    def read_rows(self, name: str, start: int, out: Tensor) -> None:
-        """See `Source`."""
-        out.copy_(self._loaded[name][start : start + len(out)])
-
-    def close(self) -> None:
-        """Lets the mapped files go."""
-        self._loaded.clear()
+def _add_safetensors(source: Source, path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    source.descriptors.append(descriptor)
+    header, first = _read_header(path, descriptor)
+    for name, entry in header.items():
+        place = Place(descriptor, first + entry["data_offsets"][0])
+        source.add(path, name, FileRows(place, tuple(entry["shape"]), DTYPES[entry["dtype"]]))
 
 
-def as_bytes(tensor: Tensor) -> memoryview:
-    """The memory of a contiguous CPU tensor."""
-    assert tensor.is_contiguous(), "rows are read and written as one run of bytes"
-    return memoryview(tensor.reshape(-1).view(torch.uint8).numpy())
+def _add_pickle(source: Source, path: Path) -> None:
+    """A torch.save'd dictionary, loaded with weights_only and mapped rather than read."""
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except Exception as error:  # pickle, zip and torch each raise their own
+        raise ValueError(f"{path}: torch cannot load it with weights_only: {error}") from error
+    for name, tensor in state.items():
+        if not isinstance(tensor, Tensor) or tensor.dtype not in DTYPES.values() or not tensor.dim():
+            raise ValueError(f"{path}: {name}: got {type(tensor).__name__}, expected a floating-point tensor")
+        source.add(path, name, TensorRows(tensor))
 
 
 def _weight_files(folder: Path, name: str) -> dict[Path, list[str] | None]:
@@ -161,15 +117,15 @@ def _weight_files(folder: Path, name: str) -> dict[Path, list[str] | None]:
         return {folder / name: None} if (folder / name).is_file() else {}
     try:
         weight_map = json.loads(index.read_text())["weight_map"]
-        files: dict[Path, list[str] | None] = {}
+        names: dict[Path, list[str]] = {}
         for tensor, file in weight_map.items():
-            (files.setdefault(folder / Path(file).name, []) or []).append(tensor)  # type: ignore[union-attr]
+            names.setdefault(folder / Path(file).name, []).append(tensor)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{index}: expected an index with a weight_map, got {error!r}") from error
-    for path in files:
+    for path in names:
         if not path.is_file():
             raise ValueError(f"{path}: expected a shard of {index.name}, got no such file")
-    return files
+    return {**names}
 
 
 def _read_header(path: Path, descriptor: int) -> tuple[dict[str, Any], int]:
@@ -177,7 +133,9 @@ def _read_header(path: Path, descriptor: int) -> tuple[dict[str, Any], int]:
     size = os.fstat(descriptor).st_size
     length = int.from_bytes(os.pread(descriptor, 8, 0), "little")
     if size < 8 or not 2 <= length <= min(size - 8, _LONGEST_HEADER):
-        raise ValueError(f"{path}: got {size} bytes and a header of {length}, expected a whole safetensors file")
+        raise ValueError(
+            f"{path}: got {size} bytes and a header of {length}, expected a whole safetensors file"
+        )
     try:
         header = json.loads(os.pread(descriptor, length, 8))
         header.pop("__metadata__", None)
@@ -186,7 +144,9 @@ def _read_header(path: Path, descriptor: int) -> tuple[dict[str, Any], int]:
         raise ValueError(f"{path}: expected a safetensors header, got {error}") from error
     expected = 8 + length + max(ends, default=0)
     if size != expected:
-        raise ValueError(f"{path}: got {size} bytes, expected {expected} by its header: it is truncated or damaged")
+        raise ValueError(
+            f"{path}: got {size} bytes, expected {expected} by its header: it is truncated or damaged"
+        )
     return header, 8 + length
 
 
@@ -199,12 +159,14 @@ def _check_entry(name: str, entry: dict[str, Any]) -> int:
         count *= axis
     begin, end = entry["data_offsets"]
     if not entry["shape"] or begin < 0 or end - begin != count:
-        raise ValueError(f"{name} of shape {entry['shape']} at bytes [{begin}, {end}), expected {count} bytes")
+        raise ValueError(
+            f"{name} of shape {entry['shape']} at bytes [{begin}, {end}), expected {count} bytes"
+        )
     return int(end)
 
 
 def known_hashes(folder: Path, path: Path) -> str | None:
-    """The SHA-256 recorded for a file: in SHA256SUMS, or by Hugging Face's downloader; None where there is none."""
+    """The SHA-256 recorded for a file: in SHA256SUMS, or by Hugging Face's downloader; else None."""
     sums = folder / "SHA256SUMS"
     if sums.is_file():
         for line in sums.read_text().splitlines():
@@ -224,7 +186,9 @@ def _check_hashes(folder: Path, files: dict[Path, list[str] | None]) -> None:
     for path in files:
         expected = known_hashes(folder, path)
         if expected is None:
-            raise ValueError(f"{path}: --check-hashes: expected its SHA-256 in {folder / 'SHA256SUMS'}, got none")
+            raise ValueError(
+                f"{path}: --check-hashes: expected its SHA-256 in {folder / 'SHA256SUMS'}, got none"
+            )
         digest = hashlib.sha256()
         with open(path, "rb", buffering=0) as file:
             while block := file.read(_HASH_BLOCK):

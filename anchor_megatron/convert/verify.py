@@ -1,7 +1,9 @@
-"""Two forms of one checkpoint, compared by what they compute: transformers' model and ours, in fp32, on random tokens.
+"""Two forms of one checkpoint, compared by what they compute: transformers' model and ours, in fp32, on
+random tokens.
 
-Small models are built whole. A model of more than `WHOLE_BYTES` is compared a layer at a time: embedding, that one layer,
-final norm and output, in both forms, so memory is that of a one-layer model however deep the checkpoint is.
+Small models are built whole. A model of more than `WHOLE_BYTES` is compared a layer at a time: embedding,
+that one layer, final norm and output, in both forms, so memory is that of a one-layer model however deep the
+checkpoint is.
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from megatron.core import dist_checkpointing
+from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import apply_factory_merges
 from megatron.core.dist_checkpointing.state_dict_utils import load_preprocess
@@ -26,8 +28,9 @@ from torch import Tensor
 from anchor_megatron.config import Config, ModelConfig, TrainConfig
 from anchor_megatron.convert.exporting import checkpoint_folder, read_checkpoint_model
 from anchor_megatron.convert.hf_config import read_hf_config, write_hf_config
-from anchor_megatron.convert.safetensors_writer import SafetensorsWriter
-from anchor_megatron.convert.sources import Source, TensorInfo, open_source
+from anchor_megatron.convert.rows import Rows
+from anchor_megatron.convert.safetensors_writer import SafetensorsWriter, TensorInfo
+from anchor_megatron.convert.sources import Source, open_source
 from anchor_megatron.data.window import Window
 from anchor_megatron.model.builder import build_model
 from anchor_megatron.model.core_attention import PlannedSeqParams
@@ -60,8 +63,8 @@ class Verified:
 def verify(hf: Path, megatron: Path, *, overridden: bool = False, allow_pickle: bool = False) -> Verified:
     """Compares the Hugging Face folder `hf` with the Megatron-Core checkpoint `megatron`.
 
-    overridden: `megatron` was imported from `hf`, perhaps for another context: its own rotary settings hold for both.
-    Needs a process that has no process group yet, or a group of one rank.
+    overridden: `megatron` was imported from `hf`, perhaps for another context: its own rotary settings hold
+    for both. Needs a process that has no process group yet, or a group of one rank.
     """
     step = checkpoint_folder(megatron)
     model, longest = read_checkpoint_model(step)
@@ -70,7 +73,7 @@ def verify(hf: Path, megatron: Path, *, overridden: bool = False, allow_pickle: 
         description = write_hf_config(model, description, torch_dtype="", longest=longest, token_ids={})
     source = open_source(hf, allow_pickle=allow_pickle)
     try:
-        values = sum(math.prod(info.shape) for info in source.tensors.values())
+        values = sum(math.prod(rows.shape) for rows in source.tensors.values())
         layers = model.num_layers if 4 * values <= WHOLE_BYTES else 1
         tokens = np.random.default_rng(0).integers(0, model.vocab_size or 0, min(_TOKENS, longest))
         difference = largest = 0.0
@@ -85,14 +88,20 @@ def verify(hf: Path, megatron: Path, *, overridden: bool = False, allow_pickle: 
         source.close()
 
 
-def _their_logits(source: Source, description: dict[str, Any], tokens: np.ndarray, first: int, layers: int) -> Tensor:
+def _their_logits(
+    source: Source, description: dict[str, Any], tokens: np.ndarray, first: int, layers: int
+) -> Tensor:
     """transformers' logits [T, vocabulary] with layers [first, first + layers) alone."""
     from transformers import AutoModelForCausalLM  # slow to import; a conversion does without
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()
     with tempfile.TemporaryDirectory(prefix="verify-") as name:
         folder = Path(name)
         _write_slice(folder, source, description, first, layers)
-        peer = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
+        peer = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=torch.float32, attn_implementation="eager"
+        ).eval()
     with torch.no_grad():
         return peer(torch.from_numpy(tokens)[None]).logits[0]
 
@@ -103,21 +112,19 @@ def _write_slice(folder: Path, source: Source, description: dict[str, Any], firs
     if sliced.get("layer_types"):
         sliced["layer_types"] = sliced["layer_types"][:layers]
     (folder / "config.json").write_text(json.dumps(sliced))
-    tensors: dict[str, TensorInfo] = {}
-    origin: dict[str, str] = {}
-    for name, info in source.tensors.items():
+    kept: dict[str, Rows] = {}
+    for name, rows in source.tensors.items():
         found = _LAYER.match(name)
         layer = int(found[1]) if found else None
         if layer is not None and not first <= layer < first + layers:
             continue
-        renamed = name if layer is None else _LAYER.sub(f"model.layers.{layer - first}.", name)
-        tensors[renamed], origin[renamed] = info, name
-    writer = SafetensorsWriter(folder, tensors)
+        kept[name if layer is None else _LAYER.sub(f"model.layers.{layer - first}.", name)] = rows
+    writer = SafetensorsWriter(
+        folder, {name: TensorInfo(rows.shape, rows.dtype) for name, rows in kept.items()}
+    )
     try:
-        for name, info in tensors.items():
-            whole = torch.empty(info.shape, dtype=info.dtype)
-            source.read_rows(origin[name], 0, whole)
-            writer.write_rows(name, 0, whole)
+        for name, rows in kept.items():
+            writer.write(name, 0, rows, 0, rows.shape[0])
         writer.finish()
     finally:
         writer.close()
@@ -127,7 +134,7 @@ def _our_logits(step: Path, model: ModelConfig, tokens: np.ndarray, first: int, 
     """Our model's logits [T, vocabulary] with layers [first, first + layers) alone."""
     config = Config(model=dataclasses.replace(model, num_layers=layers), train=TrainConfig(precision="fp32"))
     config.data.seq_length, config.data.mode = len(tokens), "full"
-    if not torch.distributed.is_initialized():
+    if not parallel_state.model_parallel_is_initialized():
         initialize_ranks(config)
     gpt = build_model(config)
     wanted, _, factories = load_preprocess(gpt.sharded_state_dict())

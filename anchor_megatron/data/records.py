@@ -1,20 +1,20 @@
-"""One document on its way from a file to token ids: what a preprocessing worker runs (and all that it
-imports).
+"""One document on its way from a file to token ids: what a preprocessing worker runs, and all that it imports.
+
+    Record("a.jsonl", 3, b'{"text": "x = 1\\n"}')  ->  "x = 1\\n"  ->  [87, 284, 352, 198]
+
+Records travel as bytes, so that decoding and parsing are the workers' share too; an error names the file and
+the line it is in.
 """
 
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
-from anchor_megatron.data.tokenizer import batch_encoder
-
-__all__ = ["Record", "encode", "start_worker"]
+__all__ = ["Encoded", "Encoder", "Record"]
 
 
 @dataclass(frozen=True)
@@ -38,32 +38,62 @@ class Record:
             text = self.raw.decode("utf-8")
         except UnicodeDecodeError as error:
             raise ValueError(f"{self.place}: byte {error.start} is not UTF-8 ({error.reason})") from error
-        if not self.line:
-            return text
+        return self._json_text(text, json_key) if self.line else text
+
+    def _json_text(self, line: str, json_key: str) -> str:
         try:
-            value = json.loads(text)
-        except ValueError as error:
+            value = json.loads(line)
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"{self.place}: is not JSON ({error})") from error
-        if not isinstance(value, dict) or not isinstance(value.get(json_key), str):
-            got = f"keys {sorted(value)}" if isinstance(value, dict) else type(value).__name__
-            raise ValueError(f"{self.place}: got {got}, expected an object with a text under {json_key!r}")
-        return value[json_key]
+        if not isinstance(value, dict):
+            raise ValueError(
+                f"{self.place}: got a JSON {type(value).__name__}, expected an object with a text under "
+                f"{json_key!r}"
+            )
+        if json_key not in value:
+            raise ValueError(f"{self.place}: got keys {sorted(value)}, expected {json_key!r} (--json-key)")
+        text = value[json_key]
+        if not isinstance(text, str):
+            raise ValueError(f"{self.place}: got a {type(text).__name__} under {json_key!r}, expected a text")
+        if "\\u" in line:  # only an escape can spell half of a character
+            try:
+                text.encode("utf-8")
+            except UnicodeEncodeError as error:
+                half = text[error.start]
+                raise ValueError(f"{self.place}: got the lone surrogate {half!r}, expected text") from error
+        return text
 
 
-_worker: dict[str, Any] = {}
+@dataclass(frozen=True)
+class Encoded:
+    """A batch of documents as token ids."""
+
+    ids: np.ndarray
+    """[tokens] of all documents, one after another, in the data set's dtype"""
+    lengths: np.ndarray
+    """int64 [documents], 0 for those without text"""
+    bytes_read: int
+    paths: frozenset[str]
+    """files that held text"""
 
 
-def start_worker(folder: str, json_key: str, dtype: np.dtype, end: int | None) -> None:
-    """Opens the tokenizer in `folder` once a process; `end` is appended to every document."""
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the workers are the parallelism
-    encode: Callable[[list[str]], list[list[int]]] = batch_encoder(folder)
-    _worker.update(encode=encode, json_key=json_key, dtype=dtype, end=[] if end is None else [end])
+@dataclass(frozen=True)
+class Encoder:
+    """Encodes batches. `tokens_of`: texts to token ids; `end`: what ends every document that has text."""
 
+    tokens_of: Callable[[list[str]], list[list[int]]]
+    json_key: str
+    dtype: np.dtype
+    end: tuple[int, ...]
 
-def encode(batch: list[Record]) -> tuple[np.ndarray, np.ndarray, int]:
-    """Token ids of all documents of a batch, each document's length, and the bytes they came from."""
-    texts = [record.text(_worker["json_key"]) for record in batch]
-    found = [ids + _worker["end"] if ids else ids for ids in _worker["encode"](texts)]
-    lengths = np.fromiter(map(len, found), dtype=np.int64, count=len(found))
-    ids = np.concatenate([np.asarray(one, dtype=_worker["dtype"]) for one in found])
-    return ids, lengths, sum(len(record.raw) for record in batch)
+    def __call__(self, batch: list[Record]) -> Encoded:
+        texts = [record.text(self.json_key) for record in batch]
+        has_text = [bool(text) and not text.isspace() for text in texts]
+        found = iter(self.tokens_of([text for text, has in zip(texts, has_text, strict=True) if has]))
+        rows = [np.array([*next(found), *self.end] if has else [], dtype=self.dtype) for has in has_text]
+        return Encoded(
+            ids=np.concatenate(rows),
+            lengths=np.array([row.size for row in rows], dtype=np.int64),
+            bytes_read=sum(len(record.raw) for record in batch),
+            paths=frozenset(record.path for record, row in zip(batch, rows, strict=True) if row.size),
+        )

@@ -1,5 +1,7 @@
-"""Tokenizers: any Hugging Face tokenizer folder, or a byte-level BPE trained on the input where there is
-none.
+"""Tokenizers: any Hugging Face tokenizer folder, or a byte-level BPE trained on the input where there is none.
+
+The anchor is the tokenizer's BOS (Llama: <|begin_of_text|>), else its EOS (Qwen: <|endoftext|>), else a token
+that the user names.
 """
 
 from __future__ import annotations
@@ -8,7 +10,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-__all__ = ["anchor_token_id", "batch_encoder", "load_tokenizer", "train_tokenizer"]
+__all__ = ["anchor_token_id", "batch_encoder", "encoder_source", "load_tokenizer", "train_tokenizer"]
 
 BOS, EOS = "<|bos|>", "<|eos|>"
 
@@ -18,22 +20,33 @@ def load_tokenizer(folder: str | Path) -> Any:
     from transformers import AutoTokenizer
 
     if not Path(folder).is_dir():
-        raise ValueError(f"tokenizer {folder}: expected a Hugging Face tokenizer's folder, got none there")
+        raise ValueError(f"tokenizer {folder}: no such folder; expected a Hugging Face tokenizer's")
     try:
         return AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
     except Exception as error:  # transformers raises many kinds for a folder that holds no tokenizer
         raise ValueError(f"tokenizer {folder}: transformers cannot open it: {error}") from error
 
 
-def batch_encoder(folder: str | Path) -> Callable[[list[str]], list[list[int]]]:
-    """Texts to token ids without special tokens, by the fast (Rust) tokenizer where the folder has one."""
-    tokenizer = load_tokenizer(folder)
+def encoder_source(tokenizer: Any, folder: Path) -> str | Path:
+    """What `batch_encoder` needs: the fast (Rust) tokenizer as JSON, else the folder. The JSON opens in a
+    worker without transformers, whose import takes seconds.
+    """
     if not tokenizer.is_fast:
-        return lambda texts: tokenizer(texts, add_special_tokens=False)["input_ids"]
-    backend = tokenizer.backend_tokenizer
-    backend.no_truncation()
-    backend.no_padding()
-    return lambda texts: [one.ids for one in backend.encode_batch_fast(texts, add_special_tokens=False)]
+        return folder
+    return str(tokenizer.backend_tokenizer.to_str())
+
+
+def batch_encoder(source: str | Path) -> Callable[[list[str]], list[list[int]]]:
+    """Texts to token ids; special tokens are not added, nothing is cut or padded."""
+    if isinstance(source, Path):
+        slow = load_tokenizer(source)
+        return lambda texts: slow(texts, add_special_tokens=False, verbose=False)["input_ids"] if texts else []
+    from tokenizers import Tokenizer
+
+    fast = Tokenizer.from_str(source)
+    fast.no_truncation()
+    fast.no_padding()
+    return lambda texts: [one.ids for one in fast.encode_batch_fast(texts, add_special_tokens=False)]
 
 
 def anchor_token_id(tokenizer: Any, named: str | None = None) -> int:
@@ -54,8 +67,8 @@ def anchor_token_id(tokenizer: Any, named: str | None = None) -> int:
 
 
 def train_tokenizer(texts: Iterable[str], *, vocab_size: int, folder: Path) -> None:
-    """Trains a byte-level BPE of `vocab_size` entries on `texts` and saves it as a Hugging Face tokenizer
-    folder.
+    """Trains a byte-level BPE of at most `vocab_size` entries on `texts` and saves it as a Hugging Face
+    tokenizer folder.
     """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast

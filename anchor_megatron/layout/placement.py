@@ -17,6 +17,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from anchor_megatron.layout.solver import split_documents, zigzag
+
 __all__ = ["PLACEMENTS", "Placement", "balance", "piece_areas", "place"]
 
 PLACEMENTS = ("document", "zigzag", "contiguous")
@@ -48,7 +50,7 @@ def place(kind: str, cu_seqlens: np.ndarray, *, context_parallel_size: int, wind
             f"tokens: got {shared}, expected a multiple of context_parallel_size = {context_parallel_size}"
         )
     if kind == "document":
-        cuts, ranks = _by_document(cu_seqlens, context_parallel_size)
+        cuts, ranks = split_documents(cu_seqlens, context_parallel_size)
     else:
         cuts, ranks = _by_window(kind, int(cu_seqlens[-1]), context_parallel_size, window_length)
     return _placement(cu_seqlens, cuts, ranks, context_parallel_size)
@@ -69,68 +71,14 @@ def balance(placement: Placement) -> float:
     return float(areas.max() / areas.mean())
 
 
-def _zigzag(tokens: int, ranks: int) -> tuple[np.ndarray, np.ndarray]:
-    """Ends of the 2 * ranks chunks of `tokens` and the rank of each; a chunk and its mirror image make equal
-    shares.
-    """
-    shares = np.diff(np.arange(ranks + 1) * tokens // ranks)
-    first = shares // 2
-    lengths = np.concatenate([first, (shares - first)[::-1]])
-    owners = np.concatenate([np.arange(ranks), np.arange(ranks)[::-1]])
-    return np.cumsum(lengths)[lengths > 0], owners[lengths > 0]
-
-
 def _by_window(kind: str, tokens: int, ranks: int, window_length: int) -> tuple[np.ndarray, np.ndarray]:
     if kind == "zigzag":
-        ends, owners = _zigzag(window_length, ranks)
+        ends, owners = zigzag(window_length, ranks)
     else:
         ends, owners = np.arange(1, ranks + 1) * (window_length // ranks), np.arange(ranks)
     windows = tokens // window_length
     offsets = np.arange(windows)[:, None] * window_length
     return (offsets + ends[None, :]).reshape(-1), np.tile(owners, windows)
-
-
-def _by_document(cu_seqlens: np.ndarray, ranks: int) -> tuple[np.ndarray, np.ndarray]:
-    """Ends of pieces and their ranks: largest documents first, each on the ranks with least area so far."""
-    lengths = np.diff(cu_seqlens)
-    areas = lengths * (lengths + 1) / 2
-    room = np.full(ranks, int(cu_seqlens[-1]) // ranks)
-    load = np.zeros(ranks)
-    fair = areas.sum() / ranks
-    ends: list[int] = []
-    owners: list[int] = []
-    for document in np.argsort(-lengths, kind="stable"):
-        start, length = int(cu_seqlens[document]), int(lengths[document])
-        wanted = min(ranks, max(1, int(np.ceil(areas[document] / fair * 0.98))))
-        candidates = np.argsort(load, kind="stable")
-        share = -(-length // wanted)
-        chosen = [int(rank) for rank in candidates if room[rank] >= share][:wanted]
-        if len(chosen) == wanted:
-            cut, who = (np.array([length]), np.array([0])) if wanted == 1 else _zigzag(length, wanted)
-            who = np.asarray(chosen)[who]
-        else:
-            cut, who = _fill(length, room, candidates)
-        begin = 0
-        for stop, rank in zip(cut.tolist(), who.tolist(), strict=True):
-            ends.append(start + stop)
-            owners.append(rank)
-            room[rank] -= stop - begin
-            load[rank] += (stop - begin) * (stop + begin + 1) / 2
-            begin = stop
-    return np.asarray(ends), np.asarray(owners)
-
-
-def _fill(length: int, room: np.ndarray, candidates: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Cuts a document that fits nowhere into pieces that fill the ranks with most room left."""
-    cut, who, done = [], [], 0
-    for rank in sorted(candidates.tolist(), key=lambda rank: -room[rank]):
-        take = min(int(room[rank]), length - done)
-        if take:
-            done += take
-            cut.append(done)
-            who.append(rank)
-    assert done == length, f"documents of {length - done} more tokens than the ranks have room for"
-    return np.asarray(cut), np.asarray(who)
 
 
 def _placement(

@@ -19,10 +19,13 @@ import torch.distributed as dist
 from megatron.core import dist_checkpointing, parallel_state
 
 from anchor_megatron.config import Config, save_config
+from anchor_megatron.training.checkpoint_fit import check_fit
 from anchor_megatron.training.optimizer import create_optimizer_state
 from anchor_megatron.training.step import Trainee
 
 __all__ = ["latest_checkpoint", "load_checkpoint", "load_pretrained", "save_checkpoint"]
+
+_SETTINGS = ("max_lr", "min_lr", "betas", "eps")  # of a parameter group, from the configuration
 
 
 def save_checkpoint(config: Config, trainee: Trainee, *, step: int) -> Path:
@@ -47,22 +50,31 @@ def save_checkpoint(config: Config, trainee: Trainee, *, step: int) -> Path:
 
 
 def load_checkpoint(trainee: Trainee, folder: Path) -> int:
-    """Restores model, optimizer and schedule from `folder`; returns the steps taken when it was saved."""
+    """Restores model, optimizer and schedule from `folder`; returns the steps taken when it was saved.
+
+    Learning rates and Adam's constants are the configuration's, not the checkpoint's. ValueError where the
+    checkpoint is of another model.
+    """
+    check_fit(trainee.gpt, folder)
+    settings = [{key: group[key] for key in _SETTINGS} for group in trainee.optimizer.param_groups]
     state = dist_checkpointing.load(_sharded_state(trainee, loading=True) | {"step": 0}, str(folder))
     trainee.gpt.load_state_dict(state["model"])
     trainee.optimizer.load_state_dict(state["optimizer"])
+    for group, own in zip(trainee.optimizer.param_groups, settings, strict=True):
+        group.update(own)
     trainee.scheduler.load_state_dict(state["scheduler"])
     return int(state["step"])
 
 
 def load_pretrained(trainee: Trainee, directory: str) -> None:
     """Takes the weights alone from the newest checkpoint in `directory` (or from that checkpoint's own
-    folder).
+    folder); ValueError where there is none or it is of another model.
     """
     path = Path(directory)
     folder = path if (path / "metadata.json").is_file() else latest_checkpoint(path)
     if folder is None:
         raise ValueError(f"checkpoint.pretrained: got {directory}, expected a checkpoint or a folder of them")
+    check_fit(trainee.gpt, folder)
     state = dist_checkpointing.load(
         {"model": trainee.gpt.sharded_state_dict(metadata=_metadata())}, str(folder)
     )

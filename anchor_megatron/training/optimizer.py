@@ -49,6 +49,8 @@ def build_scheduler(config: Config, optimizer: MegatronOptimizer) -> OptimizerPa
         end_wd=given.weight_decay,
         wd_incr_steps=steps,
         wd_incr_style="constant",
+        use_checkpoint_opt_param_scheduler=False,  # of a checkpoint it takes the steps alone
+        override_opt_param_scheduler=True,
     )
 
 

@@ -1,0 +1,252 @@
+"""`pretrain_anchor.py` end to end: what it refuses and how, what it reports, and that what it trains learns."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import io
+import json
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from megatron.core.transformer.moe.moe_utils import get_moe_layer_wise_logging_tracker
+from megatron.core.transformer.moe.router import TopKRouter
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+import pretrain_anchor
+from anchor_megatron.config import Config
+from anchor_megatron.data.preprocess import Job, preprocess
+from anchor_megatron.testing.models import random_window, tiny_config
+from anchor_megatron.testing.ranks import run_ranks
+from anchor_megatron.training.batch import plan_batch
+from anchor_megatron.training.setup import initialize_ranks
+from anchor_megatron.training.step import build_trainee, forward_backward
+
+ROOT = Path(__file__).resolve().parent.parent
+FIGURES = {
+    "step", "loss", "grad_norm", "learning_rate", "seconds_per_step", "tokens_per_second", "tflops_per_rank",
+    "mfu", "loss_tokens", "tokens", "documents", "padding_tokens", "balance", "received_tokens_per_rank",
+    "skipped_steps",
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def prefix(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small data set of real text: the standard library's json package."""
+    output = tmp_path_factory.mktemp("data") / "set"
+    sources = Path(sysconfig.get_paths()["stdlib"]) / "json"
+    preprocess(Job((sources,), output, train_tokenizer=300, suffixes=(".py",)))
+    return output
+
+
+@pytest.fixture
+def run_file(prefix: Path, tmp_path: Path) -> Path:
+    """A YAML file that trains the tiny model on the data set."""
+    sections: dict[str, Any] = dict(
+        data=dict(train=str(prefix), seq_length=128, num_workers=0),
+        train=dict(steps=2, global_batch_size=4, precision="fp32"),
+        optimizer=dict(lr=3e-3),
+        log=dict(jsonl=str(tmp_path / "metrics.jsonl"), peak_tflops=1.0),
+    )
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(sections))
+    return tmp_path / "run.yaml"
+
+
+def main_on_rank(rank: int, world_size: int, words: list[str]) -> tuple[int, str]:
+    errors = io.StringIO()
+    sys.argv = ["pretrain_anchor.py", *words]
+    with contextlib.redirect_stderr(errors):
+        return pretrain_anchor.main(), errors.getvalue()
+
+
+def pretrain(world_size: int, run_file: Path, *overrides: str) -> list[dict[str, Any]]:
+    """The reports of a run that has to succeed."""
+    metrics = run_file.parent / "metrics.jsonl"
+    metrics.unlink(missing_ok=True)
+    assert run_ranks(world_size, main_on_rank, [str(run_file), *overrides]) == [(0, "")] * world_size
+    return [json.loads(line) for line in metrics.read_text().splitlines()]
+
+
+def command(*words: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, str(ROOT / "pretrain_anchor.py"), *words], capture_output=True, text=True, cwd=ROOT
+    )
+
+
+def test_help_explains_every_field() -> None:
+    done = command("--help")
+    assert done.returncode == 0, done.stderr
+    defaults = Config()
+    for section in dataclasses.fields(Config):
+        for entry in dataclasses.fields(getattr(defaults, section.name)):
+            assert f"\n  {section.name}.{entry.name} (" in done.stdout
+
+
+def test_the_process_ends_with_2_and_one_message(run_file: Path) -> None:
+    done = command(str(run_file), "train.step=3")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("pretrain_anchor.py: configuration ") and done.stderr.count("\n") == 1
+
+
+def truncated(prefix: Path, folder: Path) -> Path:
+    """A copy of the data set whose .bin lacks its last token."""
+    for suffix in (".bin", ".idx", ".json"):
+        shutil.copy(f"{prefix}{suffix}", folder / f"cut{suffix}")
+    whole = (folder / "cut.bin").read_bytes()
+    (folder / "cut.bin").write_bytes(whole[:-2])
+    return folder / "cut"
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("train.step=3", "train.step: Key 'step' not in 'TrainConfig'"),
+        ("train.steps=many", "train.steps: Value 'many'"),
+        ("data.train=gone/set", "data.train: gone/set.bin: no such file"),
+        ("data.train={cut}", "cut.bin: got"),
+        (
+            "model.vocab_size=200",
+            "set.bin: got token id 299, expected ids below the model's vocab_size = 200",
+        ),
+        ("data.anchor_token=300", "data.anchor_token: got 300, expected an id below vocab_size = 300"),
+        ("data.seq_length=1", "data.seq_length: got 1, expected at least 2"),
+        ("parallel.context=3", "got 128, expected a multiple of parallel.context = 3"),
+        ("parallel.context=2", "number of ranks: got 1, expected a multiple of"),
+        ("train.micro_batch_size=3", "train.global_batch_size: got 4, expected a multiple of"),
+        ("attention.kernel=abacus", "attention.kernel: got 'abacus', expected one of"),
+        ("checkpoint.pretrained=gone", "checkpoint.pretrained: got gone, expected a checkpoint"),
+    ],
+)
+def test_bad_input_ends_before_training(
+    override: str, message: str, prefix: Path, run_file: Path, tmp_path: Path
+) -> None:
+    if "{cut}" in override:
+        override = override.format(cut=truncated(prefix, tmp_path))
+    words = [str(run_file), "model.vocab_size=300", override]
+    ((status, errors),) = run_ranks(1, main_on_rank, words)
+    assert status == 2 and message in errors and errors.count("\n") == 1, errors
+    assert not (tmp_path / "metrics.jsonl").exists()
+
+
+def test_a_configuration_that_is_none_is_named(tmp_path: Path) -> None:
+    ((status, errors),) = run_ranks(1, main_on_rank, [str(tmp_path / "gone.yaml")])
+    assert (status, errors) == (2, f"pretrain_anchor.py: configuration {tmp_path / 'gone.yaml'}: expected a "
+                                   "YAML file, got none there\n")  # fmt: skip
+    (tmp_path / "broken.yaml").write_text("model: {num_layers: 2\n")
+    ((status, errors),) = run_ranks(1, main_on_rank, [str(tmp_path / "broken.yaml")])
+    assert status == 2 and "broken.yaml" in errors and "Traceback" not in errors
+
+
+def test_twenty_steps_learn_and_are_reported(run_file: Path, tmp_path: Path) -> None:
+    found = pretrain(
+        2, run_file, "parallel.context=2", "train.steps=20", f"log.tensorboard={tmp_path / 'board'}"
+    )
+    assert [report["step"] for report in found] == list(range(1, 21))
+    assert all(set(report) == FIGURES for report in found)
+    losses = [report["loss"] for report in found]
+    assert losses[0] == pytest.approx(5.7, abs=0.1)  # log(300)
+    assert sum(losses[-3:]) / 3 < losses[0] - 0.8
+    for report in found:
+        assert report["tokens"] + report["documents"] + report["padding_tokens"] == 4 * 128
+        assert 0 < report["loss_tokens"] < report["tokens"] + report["documents"]
+        assert report["balance"] >= 1 and report["mfu"] == report["tflops_per_rank"] > 0
+        assert report["skipped_steps"] == 0 and report["received_tokens_per_rank"] <= 4 * 64
+    board = EventAccumulator(str(tmp_path / "board"))
+    board.Reload()
+    assert set(board.Tags()["scalars"]) == FIGURES - {"step"}
+    assert [event.value for event in board.Scalars("loss")] == pytest.approx(losses)
+
+
+def test_reports_over_an_interval_sum_up_its_steps(run_file: Path) -> None:
+    each = pretrain(1, run_file, "train.steps=5")
+    some = pretrain(1, run_file, "train.steps=5", "log.interval=2")
+    assert [report["step"] for report in some] == [2, 4, 5]
+    assert some[0]["tokens"] == each[0]["tokens"] + each[1]["tokens"]
+    weighed = [report["loss"] * report["loss_tokens"] for report in each[:2]]
+    assert some[0]["loss"] == pytest.approx(sum(weighed) / some[0]["loss_tokens"], rel=1e-6)
+
+
+def test_every_mode_trains_and_ranks_do_not_matter(run_file: Path) -> None:
+    losses = {}
+    for mode in ("full", "document", "document_reset", "anchor"):
+        one = pretrain(1, run_file, f"data.mode={mode}", "data.num_workers=1", "train.steps=3")
+        two = pretrain(2, run_file, f"data.mode={mode}", "parallel.context=2", "train.steps=3")
+        losses[mode] = [report["loss"] for report in one]
+        assert [report["loss"] for report in two] == pytest.approx(losses[mode], abs=1e-5)
+    assert len({tuple(found) for found in losses.values()}) == 4, f"modes that do not differ: {losses}"
+
+
+def test_two_windows_at_once_are_the_same_step(run_file: Path) -> None:
+    """Windows of a micro-batch do not see each other, in `full` either."""
+    for mode in ("anchor", "full"):
+        words = (f"data.mode={mode}", "parallel.context=2")
+        single = pretrain(2, run_file, *words)
+        double = pretrain(2, run_file, *words, "train.micro_batch_size=2")
+        for one, two in zip(single, double, strict=True):
+            assert two["loss"] == pytest.approx(one["loss"], abs=1e-5)
+            assert two["grad_norm"] == pytest.approx(one["grad_norm"], rel=1e-4)
+
+
+EXPERTS = ("model.num_experts=4", "model.moe_aux_loss_coeff=0.01")
+
+
+def test_experts_train_alike_on_one_and_two_ranks(run_file: Path) -> None:
+    one = pretrain(1, run_file, *EXPERTS)
+    two = pretrain(2, run_file, *EXPERTS, "parallel.context=2")
+    spread = pretrain(2, run_file, *EXPERTS, "parallel.context=2", "parallel.expert=2")
+    for other in (two, spread):
+        for expected, report in zip(one, other, strict=True):
+            assert report["loss"] == pytest.approx(expected["loss"], abs=1e-5)
+            assert report["grad_norm"] == pytest.approx(expected["grad_norm"], rel=1e-4)
+
+
+LENGTHS = [9, 2, 31, 1, 1, 20]
+
+
+def balancing_on_rank(rank: int, world_size: int, anchors_count: bool) -> tuple[torch.Tensor, float]:
+    """Router probabilities [rows, experts] that belong in the statistics, first layer; the layer's balancing
+    loss.
+    """
+    config = tiny_config(
+        model=dict(num_experts=4, num_layers=1, moe_aux_loss_coeff=0.01), parallel=dict(context=world_size)
+    )
+    initialize_ranks(config)
+    trainee = build_trainee(config)
+    window = random_window(lengths=LENGTHS, vocab_size=90, seed=0)
+    batch = plan_batch(
+        [window], mode="anchor", placement="document", context_parallel_size=world_size,
+        context_parallel_rank=rank,
+    )  # fmt: skip
+    kept: list[torch.Tensor] = []
+    (router,) = [module for module in trainee.gpt.modules() if isinstance(module, TopKRouter)]
+    router.register_forward_hook(lambda module, given, out: kept.append(module.gating(given[0])))
+    get_moe_layer_wise_logging_tracker().clear()
+    forward_backward(config, trainee.model, iter([batch]))
+    counted = torch.ones(64 // world_size, dtype=torch.bool)
+    counted[batch.to(torch.device("cpu")).anchors[0]] = anchors_count
+    balancing = get_moe_layer_wise_logging_tracker()["load_balancing_loss"]["values"]
+    return kept[0].detach().reshape(-1, 4).softmax(dim=1)[counted], float(balancing[0])
+
+
+def balancing(world_size: int, *, anchors_count: bool) -> tuple[float, float]:
+    """The balancing loss as the router found it, and by its definition (arXiv 2101.03961, equation 4)."""
+    answers = run_ranks(world_size, balancing_on_rank, anchors_count)
+    probabilities = torch.cat([answer[0] for answer in answers])
+    chosen = torch.zeros_like(probabilities).scatter(1, probabilities.topk(2).indices, 1.0)
+    defined = 4 * (chosen.mean(dim=0) / 2 * probabilities.mean(dim=0)).sum()
+    return sum(answer[1] for answer in answers), float(defined)
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_anchors_are_kept_out_of_the_routers_statistics(world_size: int) -> None:
+    found, expected = balancing(world_size, anchors_count=False)
+    assert found == pytest.approx(expected, rel=1e-6)
+    found, other = balancing(world_size, anchors_count=True)
+    assert abs(other - found) > 1e-5 * found, "the copies of the anchor would make no difference here"

@@ -1,0 +1,153 @@
+"""The documents tell the truth: commands run as written, and what is named exists."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from anchor_megatron.config import check_config, describe, load_config
+from anchor_megatron.layout.modes import MODES
+from anchor_megatron.layout.placement import PLACEMENTS
+
+ROOT = Path(__file__).resolve().parent.parent
+README = (ROOT / "README.md").read_text()
+DOCUMENTS = ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", "docs/architecture.md"]
+
+
+def blocks(language: str) -> list[str]:
+    """The README's code blocks in a language."""
+    return re.findall(rf"^```{language}\n(.*?)^```", README, flags=re.MULTILINE | re.DOTALL)
+
+
+def commands(*start: str) -> list[list[str]]:
+    """The README's commands that begin with these words, in words, without comments."""
+    lines = [shlex.split(line, comments=True) for block in blocks("bash") for line in block.splitlines()]
+    return [words for words in lines if words[: len(start)] == list(start)]
+
+
+def run(words: list[str], folder: Path) -> str:
+    """What a command prints; it must succeed."""
+    done = subprocess.run(words, cwd=folder, capture_output=True, text=True, timeout=150)
+    assert done.returncode == 0, f"{shlex.join(words)}\n{done.stdout}\n{done.stderr}"
+    return done.stdout
+
+
+KINDS = [
+    ["make"],
+    ["source", ".venv/bin/activate"],
+    ["python", "tools/preprocess_data.py"],
+    ["python", "tools/show_plan.py"],
+    ["python", "pretrain_anchor.py", "--help"],
+    ["torchrun"],
+    ["python", "-m", "pip", "install"],
+]
+
+
+def test_every_command_is_of_a_kind_that_is_tested_here() -> None:
+    tested = [words for kind in KINDS for words in commands(*kind)]
+    assert sorted(tested) == sorted(commands())
+    assert all(commands(*kind) for kind in KINDS), "a kind is tested that the README no longer has"
+
+
+def test_make_targets_exist() -> None:
+    makefile = (ROOT / "Makefile").read_text()
+    targets = set(re.findall(r"^([a-z]+):", makefile, flags=re.MULTILINE))
+    assert {word for words in commands("make") for word in words[1:]} <= targets
+    for name in DOCUMENTS:
+        assert set(re.findall(r"`make ([a-z]+)`", (ROOT / name).read_text())) <= targets
+
+
+def test_installation_names_files_and_extras_that_exist() -> None:
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    for words in commands("python", "-m", "pip", "install"):
+        assert (ROOT / words[words.index("-c") + 1]).is_file()
+        for named in re.findall(r"\[(.*?)\]", " ".join(words)):
+            assert set(named.split(",")) <= set(extras)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the README's data commands were run, in its order, on files by the names it uses."""
+    folder = tmp_path_factory.mktemp("readme")
+    (folder / "notes").mkdir()
+    for source in DOCUMENTS:
+        shutil.copy(ROOT / source, folder / "notes" / Path(source).name)
+    (folder / "tools").symlink_to(ROOT / "tools")
+    lines = [f'{{"text": "{n} tokens of text, {n * n} of them new"}}\n' for n in range(400)]
+    (folder / "corpus.jsonl").write_text("".join(lines))
+    trained, given = commands("python", "tools/preprocess_data.py")
+    assert "--train-tokenizer" in trained and "--tokenizer" in given
+    run([sys.executable, *trained[1:]], folder)
+    tokenizer = folder / given[given.index("--tokenizer") + 1]
+    shutil.copytree(folder / f"{trained[trained.index('--output') + 1]}_tokenizer", tokenizer)
+    assert "400 documents" in run([sys.executable, *given[1:]], folder)
+    return folder
+
+
+def test_data_commands_write_what_is_said(folder: Path) -> None:
+    for words in commands("python", "tools/preprocess_data.py"):
+        prefix = folder / words[words.index("--output") + 1]
+        written = {path.name.removeprefix(prefix.name) for path in prefix.parent.glob(f"{prefix.name}*")}
+        assert written == {".bin", ".idx", ".json", "_tokenizer"}
+
+
+@pytest.mark.slow
+def test_the_training_line_trains(folder: Path) -> None:
+    [words] = commands("torchrun")
+    program = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    metrics = folder / "metrics.jsonl"
+    overrides = [f"data.train={folder / 'data' / 'corpus'}", f"log.jsonl={metrics}"]
+    printed = run([*program, *words[1:], *overrides], ROOT)
+    assert [int(step) for step in re.findall(r"^step +(\d+) +loss ", printed, flags=re.MULTILINE)] == [1, 2, 3]
+    assert len(metrics.read_text().splitlines()) == 3
+
+
+def test_the_plan_is_shown() -> None:
+    for words in commands("python", "tools/show_plan.py"):
+        printed = run([sys.executable, *words[1:]], ROOT)
+        assert printed.startswith("64 tokens, 5 documents, 4 ranks of 16 tokens")
+
+
+def test_help_explains_every_field() -> None:
+    [words] = commands("python", "pretrain_anchor.py", "--help")
+    assert describe() in run([sys.executable, *words[1:]], ROOT)
+
+
+def test_configurations_load(tmp_path: Path) -> None:
+    assert blocks("yaml")
+    for number, text in enumerate(blocks("yaml")):
+        path = tmp_path / f"{number}.yaml"
+        path.write_text(text)
+        config = load_config(path)
+        check_config(config)
+        assert config.data.train == "data/corpus", "the data set that the README prepares"
+
+
+@pytest.mark.parametrize("name", DOCUMENTS)
+def test_named_files_exist(name: str) -> None:
+    text = (ROOT / name).read_text()
+    named = re.findall(r"`([\w./-]+(?:\.(?:py|md|yaml|txt|toml)|/))`", text)
+    assert named or name == "CHANGELOG.md"
+    missing = [path for path in named if not any((base / path).exists() for base in (ROOT, ROOT / "anchor_megatron"))]
+    assert not missing, f"{name} names what is not there: {missing}"
+    for link in re.findall(r"\]\((?!https?:)([^)#]+)", text):
+        assert (ROOT / name).parent.joinpath(link).exists(), f"{name} links to {link}"
+
+
+@pytest.mark.parametrize("name", DOCUMENTS)
+def test_named_fields_exist(name: str) -> None:
+    known = set(re.findall(r"^  (\w+\.\w+) \(", describe(), flags=re.MULTILINE))
+    sections = "|".join({field.split(".")[0] for field in known})
+    for field in re.findall(rf"`((?:{sections})\.\w+)[`=:]", (ROOT / name).read_text()):
+        assert field in known or field.endswith((".py", ".yaml")), f"{name} names the field {field}"
+
+
+def test_tables_name_all_modes_and_placements() -> None:
+    rows = re.findall(r"^\| `(\w+)` \|", README, flags=re.MULTILINE)
+    assert tuple(rows) == (*MODES, *PLACEMENTS)

@@ -1,0 +1,317 @@
+"""A run that was stopped or killed goes on as if it had not been: bit for bit on its own layout, within 1e-5
+on another.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import torch
+from megatron.core import dist_checkpointing
+
+from anchor_megatron.config import Config, save_config
+from anchor_megatron.data.preprocess import Job, preprocess
+from anchor_megatron.model.builder import build_model
+from anchor_megatron.testing.models import tiny_config
+from anchor_megatron.testing.ranks import run_ranks
+from anchor_megatron.training.loop import Run
+from anchor_megatron.training.optimizer import create_optimizer_state
+from anchor_megatron.training.setup import initialize_ranks
+
+ROOT = Path(__file__).resolve().parent.parent
+STEPS, MIDDLE = 10, 5
+
+# layout: (fields of `parallel`, number of ranks)
+LAYOUTS: dict[str, tuple[dict[str, Any], int]] = {
+    "one rank": (dict(), 1),
+    "CP 2": (dict(context=2), 2),
+    "DP 2": (dict(), 2),
+    "TP 2, sequence": (dict(tensor=2, sequence=True), 2),
+    "PP 2": (dict(pipeline=2), 2),
+    "TP 2, CP 2": (dict(tensor=2, context=2), 4),
+    "DP 2, CP 2": (dict(context=2), 4),
+}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small data set of real text: the standard library's json package."""
+    prefix = tmp_path_factory.mktemp("data") / "set"
+    sources = Path(sysconfig.get_paths()["stdlib"]) / "json"
+    preprocess(Job((sources,), prefix, train_tokenizer=300, suffixes=(".py",)))
+    return prefix
+
+
+Straight = Callable[..., Config]
+
+
+@pytest.fixture(scope="module")
+def straight(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Straight:
+    """Runs of STEPS steps in one go that save on the way, each made once."""
+    made: dict[str, Config] = {}
+
+    def run(layout: str, **sections: dict[str, Any]) -> Config:
+        key = f"{layout} {sections}"
+        if key not in made:
+            folder = tmp_path_factory.mktemp("straight")
+            made[key] = configuration(data, folder, layout, **sections)
+            train(made[key], layout)
+            assert list(losses(made[key])) == list(range(1, STEPS + 1))
+        return made[key]
+
+    return run
+
+
+def configuration(prefix: Path, folder: Path, layout: str, **sections: dict[str, Any]) -> Config:
+    """A run on the data set `prefix` that saves and reports into `folder`."""
+    given: dict[str, dict[str, Any]] = dict(
+        parallel=LAYOUTS[layout][0],
+        data=dict(train=str(prefix), seq_length=128, num_workers=0),
+        train=dict(steps=STEPS, global_batch_size=4, precision="fp32"),
+        optimizer=dict(lr=1e-3, warmup_steps=3, decay="cosine"),
+        checkpoint=dict(directory=str(folder), save_interval=MIDDLE),
+        log=dict(jsonl=str(folder / "metrics.jsonl"), peak_tflops=1.0),
+    )
+    for name, values in sections.items():
+        given[name] = given.get(name, {}) | values
+    return tiny_config(vocab_size=300, **given)
+
+
+def train_on_rank(rank: int, world_size: int, config: Config) -> None:
+    Run(config).train()
+
+
+def train(config: Config, layout: str) -> None:
+    run_ranks(LAYOUTS[layout][1], train_on_rank, config)
+
+
+def reports(config: Config) -> dict[int, dict[str, Any]]:
+    """What was reported, by step; where a step was taken twice, the later time."""
+    assert config.log.jsonl is not None
+    lines = Path(config.log.jsonl).read_text().splitlines()
+    return {report["step"]: report for report in map(json.loads, lines)}
+
+
+def losses(config: Config) -> dict[int, float]:
+    return {step: report["loss"] for step, report in reports(config).items()}
+
+
+def checkpoint(config: Config, step: int) -> Path:
+    return Path(f"{config.checkpoint.directory}/step_{step:07d}")
+
+
+def read_on_rank(rank: int, world_size: int, config: Config, folder: str) -> dict[str, torch.Tensor]:
+    initialize_ranks(config)
+    state = dist_checkpointing.load({"model": build_model(config).sharded_state_dict()}, folder)
+    return {name: value for name, value in state["model"].items() if isinstance(value, torch.Tensor)}
+
+
+def weights(config: Config, step: int) -> dict[str, torch.Tensor]:
+    """The whole model that the run saved after `step`, whatever its layout."""
+    whole = tiny_config(vocab_size=300, model=vars(config.model), train=vars(config.train))
+    return run_ranks(1, read_on_rank, whole, str(checkpoint(config, step)))[0]
+
+
+def resume_in(folder: Path, config: Config, layout: str, **sections: dict[str, Any]) -> Config:
+    """Goes on from the middle of `config`'s run, in `folder` and on `layout`."""
+    folder.mkdir()
+    shutil.copytree(checkpoint(config, MIDDLE), folder / checkpoint(config, MIDDLE).name)
+    (folder / "latest").write_text(checkpoint(config, MIDDLE).name + "\n")
+    resumed = configuration(Path(config.data.train), folder, layout, **sections)
+    train(resumed, layout)
+    assert list(losses(resumed)) == list(range(MIDDLE + 1, resumed.train.steps + 1))
+    return resumed
+
+
+def assert_same_run(found: Config, expected: Config) -> None:
+    """Losses and last weights, bit for bit."""
+    wanted = losses(expected)
+    assert losses(found) == {step: wanted[step] for step in losses(found)}
+    ours, theirs = weights(found, STEPS), weights(expected, STEPS)
+    assert ours.keys() == theirs.keys()
+    for name, value in theirs.items():
+        assert torch.equal(ours[name], value), f"{name}: off by up to {(ours[name] - value).abs().max()}"
+
+
+@pytest.mark.parametrize("layout", ["one rank", "CP 2", "TP 2, sequence", "PP 2", "DP 2, CP 2"])
+def test_a_resumed_run_is_the_same_bit_for_bit(layout: str, straight: Straight, tmp_path: Path) -> None:
+    expected = straight(layout)
+    assert_same_run(resume_in(tmp_path / "resumed", expected, layout), expected)
+
+
+def test_half_precision_resumes_bit_for_bit(straight: Straight, tmp_path: Path) -> None:
+    sections = dict(train=dict(precision="bf16", global_batch_size=1), data=dict(seq_length=16))
+    expected = straight("CP 2", **sections)
+    assert_same_run(resume_in(tmp_path / "resumed", expected, "CP 2", **sections), expected)
+
+
+@pytest.mark.parametrize(
+    ("saved_on", "resumed_on"),
+    [
+        ("CP 2", "one rank"),
+        ("CP 2", "DP 2"),
+        ("CP 2", "TP 2, sequence"),
+        ("CP 2", "TP 2, CP 2"),
+        ("TP 2, sequence", "PP 2"),
+        ("PP 2", "CP 2"),
+        ("DP 2, CP 2", "one rank"),
+    ],
+)
+def test_another_layout_goes_on_within_rounding(
+    saved_on: str, resumed_on: str, straight: Straight, tmp_path: Path
+) -> None:
+    expected = straight(saved_on)
+    found = resume_in(tmp_path / "resumed", expected, resumed_on)
+    wanted = losses(expected)
+    for step, loss in losses(found).items():
+        assert loss == pytest.approx(wanted[step], abs=1e-5, rel=0), f"step {step}"
+    ours, theirs = weights(found, STEPS), weights(expected, STEPS)
+    for name, value in theirs.items():
+        assert (ours[name] - value).abs().max() <= 1e-5, name
+
+
+def start_command(config_file: Path, output: Path) -> subprocess.Popen:
+    words = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
+    with output.open("a") as file:
+        return subprocess.Popen(
+            [*words, str(ROOT / "pretrain_anchor.py"), str(config_file)],
+            stdout=file, stderr=file, env=os.environ | {"OMP_NUM_THREADS": "1"},
+        )  # fmt: skip
+
+
+def kill_after(process: subprocess.Popen, reached: Callable[[], bool], output: Path) -> None:
+    """Kills all ranks at once, as a machine that fails does, when `reached`."""
+    deadline = time.monotonic() + 120
+    while not reached():
+        assert process.poll() is None and time.monotonic() < deadline, output.read_text()
+        time.sleep(0.002)
+    family = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
+    for member in family:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            member.kill()
+    process.wait()
+    assert len(family) > 2, "torchrun, two ranks and what they started"
+
+
+def test_a_killed_run_resumes_bit_for_bit(straight: Straight, data: Path, tmp_path: Path) -> None:
+    config = configuration(data, tmp_path / "killed", "CP 2", data=dict(num_workers=1))
+    save_config(config, tmp_path / "run.yaml")
+    output, metrics = tmp_path / "output.txt", tmp_path / "killed" / "metrics.jsonl"
+    process = start_command(tmp_path / "run.yaml", output)
+    kill_after(process, lambda: metrics.exists() and f'"step": {MIDDLE + 1},' in metrics.read_text(), output)
+    assert not checkpoint(config, STEPS).exists(), "it was to be killed between two checkpoints"
+    half_written = tmp_path / "killed" / f"step_{STEPS:07d}.partial"
+    half_written.mkdir()
+    (half_written / "__0_0.distcp").write_bytes(b"half of it")
+    assert start_command(tmp_path / "run.yaml", output).wait(timeout=120) == 0, output.read_text()
+    assert f"after step {MIDDLE}\n" in output.read_text()
+    assert not half_written.exists()
+    assert_same_run(config, straight("CP 2"))
+
+
+def test_the_configuration_wins_over_the_checkpoint(straight: Straight, tmp_path: Path) -> None:
+    changed = dict(lr=2e-3, warmup_steps=0, decay="linear")
+    sections = dict(optimizer=changed, train=dict(steps=8))
+    found = reports(resume_in(tmp_path / "resumed", straight("one rank"), "one rank", **sections))
+    rates = {step: report["learning_rate"] for step, report in found.items()}
+    assert rates == pytest.approx({step: 2e-3 * (1 - (step - 1) / 8) for step in (6, 7, 8)})
+
+
+def start_on_rank(rank: int, world_size: int, config: Config) -> tuple[int, float, dict[str, torch.Tensor]]:
+    """Before a first step: the steps taken, the sum of Adam's moments; after it: the weights."""
+    run = Run(config)
+    create_optimizer_state(run.trainee.optimizer)
+    states = [state for part in optimizers(run) for state in part.optimizer.state.values()]
+    moments = sum(float(state["exp_avg"].abs().sum() + state["exp_avg_sq"].sum()) for state in states)
+    run.train()
+    return run.first_step, moments, run.trainee.gpt.state_dict()
+
+
+def optimizers(run: Run) -> list[Any]:
+    return getattr(run.trainee.optimizer, "chained_optimizers", [run.trainee.optimizer])
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_pretrained_weights_start_a_run_of_their_own(
+    precision: str, straight: Straight, data: Path, tmp_path: Path
+) -> None:
+    source = straight("one rank")
+    config = configuration(
+        data, tmp_path, "one rank", train=dict(steps=1, precision=precision),
+        checkpoint=dict(pretrained=source.checkpoint.directory, directory=None), optimizer=dict(lr=1e-9),
+    )  # fmt: skip
+    (step, moments, found), *_ = run_ranks(1, start_on_rank, config)
+    assert (step, moments) == (0, 0.0)
+    for name, value in weights(source, STEPS).items():
+        expected = value.to(found[name].dtype)
+        assert torch.allclose(found[name], expected, rtol=0, atol=1e-7 if precision == "fp32" else 0), name
+
+
+def message_on_rank(rank: int, world_size: int, config: Config) -> str:
+    with pytest.raises(ValueError) as caught:
+        Run(config)
+    return str(caught.value)
+
+
+def test_a_misleading_pointer_is_named(data: Path, tmp_path: Path) -> None:
+    config = configuration(data, tmp_path / "run", "one rank")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "latest").write_text("step_0000077\n")
+    (message,) = run_ranks(1, message_on_rank, config)
+    assert message.startswith(f"{tmp_path / 'run' / 'latest'}: names step_0000077, expected a complete")
+
+
+def test_pretrained_must_hold_a_checkpoint(data: Path, tmp_path: Path) -> None:
+    config = configuration(data, tmp_path / "run", "one rank", checkpoint=dict(pretrained=str(tmp_path)))
+    (message,) = run_ranks(1, message_on_rank, config)
+    assert message == f"checkpoint.pretrained: got {tmp_path}, expected a checkpoint or a folder of them"
+
+
+@pytest.mark.parametrize("role", ["directory", "pretrained"])
+@pytest.mark.parametrize(
+    "model",
+    [
+        dict(hidden_size=128),
+        dict(num_layers=1),
+        dict(num_attention_heads=8, num_query_groups=4, kv_channels=8),
+        dict(qk_layernorm=True),
+        dict(tie_embeddings=True),
+    ],
+    ids=lambda model: next(iter(model)),
+)
+def test_another_models_checkpoint_is_refused(
+    role: str, model: dict[str, Any], straight: Straight, data: Path, tmp_path: Path
+) -> None:
+    folder = straight("one rank").checkpoint.directory
+    given = dict(directory=folder) if role == "directory" else dict(directory=None, pretrained=folder)
+    config = configuration(data, tmp_path, "one rank", model=model, checkpoint=given)
+    (message,) = run_ranks(1, message_on_rank, config)
+    assert f"{folder}/step_{STEPS:07d}" in message
+    assert f"model.{next(iter(model))}: got" in message
+
+
+def test_a_tensor_of_another_shape_is_named(straight: Straight, data: Path, tmp_path: Path) -> None:
+    source = straight("one rank")
+    folder = tmp_path / "bare"
+    shutil.copytree(checkpoint(source, STEPS), folder)
+    (folder / "config.yaml").unlink()
+    given = dict(directory=None, pretrained=str(folder))
+    for model, expected in (
+        (dict(ffn_hidden_size=96), "decoder.layers.mlp.linear_fc1.weight: got shape (2, 384, 64), expected"),
+        (dict(add_qkv_bias=True), "decoder.layers.self_attention.linear_qkv.bias: got no such tensor"),
+    ):
+        config = configuration(data, tmp_path, "one rank", model=model, checkpoint=given)
+        (message,) = run_ranks(1, message_on_rank, config)
+        assert message.startswith(f"{folder}: {expected}")
