@@ -8,7 +8,8 @@ Megatron-Core 0.16 names CUDA outright in three ways, each given its stand-in he
 
 The same module mends what breaks in Megatron-Core when its optimizer is torch's AdamW (neither
 TransformerEngine nor Apex present): loading a checkpoint asks for a tensor that does not exist, and gives
-every parameter the same step counter, which then advances once per parameter.
+every parameter the same step counter, which then advances once per parameter. And it gives a router a name
+that it only imports with TransformerEngine.
 """
 
 from __future__ import annotations
@@ -76,11 +77,14 @@ def install() -> None:
     _installed.append(mode)
     from megatron.core.optimizer import distrib_optimizer
     from megatron.core.tensor_parallel import random as megatron_random
+    from megatron.core.transformer.moe import moe_utils
 
     megatron_random._set_cuda_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(state)
     megatron_random._get_cuda_rng_state = lambda *args, **kwargs: torch.get_rng_state()
     if not distrib_optimizer.HAVE_APEX_OR_TE:
         _mend_torch_adam(distrib_optimizer.DistributedOptimizer)
+    if not moe_utils.HAVE_TE:
+        moe_utils.te_general_gemm = None
 
 
 def _stand_in_for_cuda() -> None:

@@ -41,8 +41,8 @@ LLAMA3 = dict(rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_fac
               original_max_position_embeddings=16)  # fmt: skip
 YARN = dict(rope_type="yarn", factor=4.0, original_max_position_embeddings=16, beta_fast=24.0)
 # grouped queries, heads that are not hidden_size / heads wide, nothing a power of two
-COMMON = dict(vocab_size=VOCAB, hidden_size=48, intermediate_size=72, num_hidden_layers=2, num_attention_heads=6,
-              num_key_value_heads=2, head_dim=10, max_position_embeddings=64, bos_token_id=1, eos_token_id=2,
+COMMON = dict(vocab_size=VOCAB, hidden_size=48, intermediate_size=72, num_hidden_layers=2,
+              num_attention_heads=6, num_key_value_heads=2, head_dim=10, max_position_embeddings=64, bos_token_id=1, eos_token_id=2,
               pad_token_id=None, rms_norm_eps=1e-5)  # fmt: skip
 THETA = dict(rope_theta=5e5)
 MOE = dict(num_experts_per_tok=2, num_experts=4, moe_intermediate_size=24)
@@ -228,8 +228,11 @@ def windows(config: Config) -> list[PlannedBatch]:
     """Two steps of one micro-batch."""
     return [
         plan_batch(
-            [random_window(lengths=[9, 30, 1], vocab_size=VOCAB, seed=seed)], mode="anchor", placement="document",
-            context_parallel_size=1, context_parallel_rank=0,
+            [random_window(lengths=[9, 30, 1], vocab_size=VOCAB, seed=seed)],
+            mode="anchor",
+            placement="document",
+            context_parallel_size=1,
+            context_parallel_rank=0,
         )
         for seed in range(2)
     ]  # fmt: skip

@@ -28,8 +28,17 @@ def write_documents(prefix: Path, lengths: list[int]) -> Documents:
         builder.end_document()
         start += length
     builder.finalize(f"{prefix}.idx")
-    count = len(lengths)
-    Summary(count, start - 2, max(lengths), 0, start - 1, start, ANCHOR, "none").write(Path(f"{prefix}.json"))
+    Summary(
+        documents=len(lengths),
+        tokens=start - 2,
+        longest=max(lengths),
+        empty=0,
+        largest_token=start - 1,
+        vocab_size=start,
+        anchor_token=ANCHOR,
+        tokenizer="none",
+        sources=[],
+    ).write(Path(f"{prefix}.json"))
     return Documents(prefix)
 
 

@@ -47,10 +47,13 @@ LAYOUTS: dict[str, tuple[dict[str, Any], int]] = {
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A small data set of real text: the standard library's json package."""
+    """A small data set of real text: the standard library's json package, a paragraph a document."""
     prefix = tmp_path_factory.mktemp("data") / "set"
-    sources = Path(sysconfig.get_paths()["stdlib"]) / "json"
-    preprocess(Job((sources,), prefix, train_tokenizer=300, suffixes=(".py",)))
+    files = sorted((Path(sysconfig.get_paths()["stdlib"]) / "json").glob("*.py"))
+    paragraphs = [part for path in files for part in path.read_text().split("\n\n") if part.strip()]
+    lines = [json.dumps({"text": part}) for part in paragraphs]
+    prefix.with_suffix(".jsonl").write_text("\n".join(lines))
+    preprocess(Job((prefix.with_suffix(".jsonl"),), prefix, train_tokenizer=300))
     return prefix
 
 

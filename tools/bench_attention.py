@@ -46,7 +46,10 @@ def main() -> None:
     ranks = int(os.environ.get("WORLD_SIZE", "1"))
     torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     if ranks > 1:
-        dist.init_process_group("nccl", device_id=torch.device("cuda", torch.cuda.current_device()))
+        options = dist.ProcessGroupNCCL.Options(is_high_priority_stream=True)  # as in training
+        dist.init_process_group(
+            "nccl", device_id=torch.device("cuda", torch.cuda.current_device()), pg_options=options
+        )
     rows = []
     for heads in given.heads:
         for workload in given.workloads:

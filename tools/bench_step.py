@@ -35,6 +35,7 @@ from anchor_megatron.config import Config, DataConfig, ModelConfig, ParallelConf
 from anchor_megatron.model.builder import padded_vocab_size, transformer_config
 from anchor_megatron.testing.lengths import workload_lengths
 from anchor_megatron.testing.models import random_window
+from anchor_megatron.testing.timeline import draw_timeline, overlap, trace
 from anchor_megatron.testing.timing import write_results
 from anchor_megatron.training.batch import PlannedBatch, plan_batch
 from anchor_megatron.training.setup import initialize_ranks
@@ -56,6 +57,9 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=6)
     parser.add_argument("--rows", nargs="+", default=list(ROWS), choices=ROWS)
     parser.add_argument("--output", type=Path, help="where the JSON goes")
+    parser.add_argument(
+        "--timeline", type=Path, metavar="PNG", help="draw one pass of ours, as the profiler saw it"
+    )
     given = parser.parse_args()
     config = configuration(given)
     initialize_ranks(config)
@@ -69,7 +73,8 @@ def main() -> None:
         torch.cuda.empty_cache()
     if given.output and dist.get_rank() == 0:
         write_results(
-            given.output, vars(given) | {"output": None, "ranks": dist.get_world_size(), "rows": rows}
+            given.output,
+            vars(given) | {"output": None, "timeline": None, "ranks": dist.get_world_size(), "rows": rows},
         )
     dist.destroy_process_group()
 
@@ -171,6 +176,13 @@ def stock_step(config: Config, tokens: int, packed: PackedSeqParams | None) -> S
 
 def measure(name: str, model: Any, step: Step, given: argparse.Namespace) -> dict[str, Any]:
     """Times one row and prints it."""
+
+    def run() -> None:
+        get_forward_backward_func()(
+            forward_step_func=step, data_iterator=None, model=[model], num_microbatches=1,
+            seq_length=given.tokens, micro_batch_size=1, forward_only=False,
+        )  # fmt: skip
+
     times = []
     torch.cuda.reset_peak_memory_stats()
     for repeat in range(2 + given.repeats):
@@ -179,10 +191,7 @@ def measure(name: str, model: Any, step: Step, given: argparse.Namespace) -> dic
         dist.barrier()
         torch.cuda.synchronize()
         start.record()
-        get_forward_backward_func()(
-            forward_step_func=step, data_iterator=None, model=[model], num_microbatches=1,
-            seq_length=given.tokens, micro_batch_size=1, forward_only=False,
-        )  # fmt: skip
+        run()
         end.record()
         torch.cuda.synchronize()
         if repeat >= 2:
@@ -192,9 +201,30 @@ def measure(name: str, model: Any, step: Step, given: argparse.Namespace) -> dic
     )
     dist.all_reduce(figures, op=dist.ReduceOp.MAX)
     ms, peak = figures.tolist()
+    say(f"{name:<30} {ms:9.1f} ms   peak {peak:6.1f} GiB")
+    row = {"ms": ms, "peak_gib": peak}
+    if given.timeline and name == ROWS[0]:
+        model.zero_grad_buffer()
+        row |= draw(run, given.timeline)
+    return row
+
+
+def draw(run: Callable[[], None], path: Path) -> dict[str, Any]:
+    """Traces one pass; draws it on the first rank."""
+    kernels, waits = trace(run)
+    exchange, hidden = overlap(kernels)
+    say(
+        f"exchange {exchange:.2f} ms, under attention {hidden:.2f} ms; the host waited: {dict(waits) or 'never'}"
+    )
     if dist.get_rank() == 0:
-        print(f"{name:<30} {ms:9.1f} ms   peak {peak:6.1f} GiB", flush=True)
-    return {"ms": ms, "peak_gib": peak}
+        draw_timeline(kernels, path, title=f"one pass, rank 0 of {dist.get_world_size()}")
+    return {"exchange_ms": exchange, "exchange_under_attention_ms": hidden, "host_waits": dict(waits)}
+
+
+def say(text: str) -> None:
+    """Prints on the first rank."""
+    if dist.get_rank() == 0:
+        print(text, flush=True)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 
 from anchor_megatron.config import ModelConfig, model_config
 from anchor_megatron.convert.families import FAMILIES, NEUTRAL_FIELDS, ROPE_FIELDS, Family
@@ -75,15 +74,14 @@ def read_model(hf: dict[str, Any]) -> ModelConfig:
         if value is None and name not in ("num_key_value_heads", "head_dim"):
             raise ValueError(f"config.json: {name}: got nothing, expected a value")
         values[ours] = value
-    heads = values["num_attention_heads"]
-    values["num_query_groups"] = values["num_query_groups"] or heads
-    values["kv_channels"] = values["kv_channels"] or values["hidden_size"] // heads
+    values["num_query_groups"] = values["num_query_groups"] or values["num_attention_heads"]
     longest = values["max_position_embeddings"]
     values["rotary_base"], values["rope_scaling"] = _read_rope(given, family, longest)
     try:
         model = model_config(values)
     except ValueError as error:
         raise ValueError(f"config.json: {error}") from error
+    model = dataclasses.replace(model, kv_channels=_head_dim(model))
     _check_rope(model)
     return model
 
@@ -98,7 +96,7 @@ def extend(model: ModelConfig, preset: str | None, overrides: list[str]) -> Mode
         raise ValueError(f"--extend: got {preset!r}, expected one of {', '.join(EXTENSIONS)}")
     try:
         given: Any = OmegaConf.to_container(OmegaConf.from_dotlist(overrides))
-    except OmegaConfBaseException as error:
+    except Exception as error:  # yaml's scanner and omegaconf each have a family of errors
         raise ValueError(f"overrides {' '.join(overrides)}: {error}") from error
     for name in given:
         if name not in _TRAINABLE:
@@ -184,20 +182,21 @@ def _read_rope(given: dict[str, Any], family: Family, longest: int) -> tuple[flo
 def _tidy(scaling: dict[str, Any], longest: int) -> dict[str, Any] | None:
     """The scaling in the new spelling, without what only says "nothing"; None for the plain embedding."""
     kind = rope_type(scaling)
-    if kind == "default":
-        return None if set(scaling) <= {"rope_type", "type", "partial_rotary_factor"} else scaling
     tidy = {name: value for name, value in scaling.items() if name not in ("type", "rope_type")}
-    if tidy.get("partial_rotary_factor") == 1:
-        del tidy["partial_rotary_factor"]
+    if tidy.get("partial_rotary_factor") in (None, 1):
+        tidy.pop("partial_rotary_factor", None)
     if kind in ("yarn", "llama3"):
         tidy.setdefault("original_max_position_embeddings", longest)  # as transformers does
-    return {"rope_type": kind, **tidy}
+    return None if kind == "default" and not tidy else {"rope_type": kind, **tidy}
+
+
+def _head_dim(model: ModelConfig) -> int:
+    return model.kv_channels or model.hidden_size // model.num_attention_heads
 
 
 def _check_rope(model: ModelConfig) -> None:
-    head_dim = model.kv_channels or model.hidden_size // model.num_attention_heads
     inverse_frequencies(
-        head_dim=head_dim,
+        head_dim=_head_dim(model),
         rotary_base=model.rotary_base,
         rope_scaling=model.rope_scaling,
         max_position_embeddings=model.max_position_embeddings,
@@ -214,7 +213,7 @@ def _check_same_model(model: ModelConfig, source: ModelConfig) -> None:
     for name in sorted(_SHAPE):
         ours, theirs = getattr(model, name), getattr(source, name)
         if name == "kv_channels":
-            ours = ours or model.hidden_size // model.num_attention_heads
+            ours = _head_dim(model)
         if name == "moe_topk" and model.num_experts is None or name == "moe_normalize_topk":
             continue
         if ours != theirs:
@@ -228,7 +227,7 @@ def _from_scratch(model: ModelConfig) -> dict[str, Any]:
     family = FAMILIES[kind]
     hf = {"architectures": [family.architecture], "model_type": kind, "hidden_act": "silu", "use_cache": True}
     values = dataclasses.asdict(model)
-    values["kv_channels"] = model.kv_channels or model.hidden_size // model.num_attention_heads
+    values["kv_channels"] = _head_dim(model)
     hf |= {name: values[ours] for name, ours in family.fields.items()}
     hf |= family.fixed
     if "intermediate_size" in family.unused:

@@ -21,8 +21,7 @@ import numpy as np
 import torch
 from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.dist_checkpointing.dict_utils import nested_values
-from megatron.core.dist_checkpointing.mapping import apply_factory_merges
-from megatron.core.dist_checkpointing.state_dict_utils import load_preprocess
+from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories
 from torch import Tensor
 
 from anchor_megatron.config import Config, ModelConfig, TrainConfig
@@ -34,6 +33,7 @@ from anchor_megatron.convert.sources import Source, open_source
 from anchor_megatron.data.window import Window
 from anchor_megatron.model.builder import build_model
 from anchor_megatron.model.core_attention import PlannedSeqParams
+from anchor_megatron.model.gpt import AnchorGPT
 from anchor_megatron.training.batch import plan_batch
 from anchor_megatron.training.setup import initialize_ranks, rank_device
 
@@ -137,21 +137,31 @@ def _our_logits(step: Path, model: ModelConfig, tokens: np.ndarray, first: int, 
     if not parallel_state.model_parallel_is_initialized():
         initialize_ranks(config)
     gpt = build_model(config)
-    wanted, _, factories = load_preprocess(gpt.sharded_state_dict())
-    for part in nested_values(wanted):
-        if part.key.startswith("decoder.layers."):  # this model's layer 0 is the checkpoint's `first`
-            part.global_shape = (model.num_layers, *part.global_shape[1:])
-            part.global_offset = (first + part.global_offset[0], *part.global_offset[1:])
-            if hasattr(part, "axis_fragmentations"):
-                part.axis_fragmentations = (model.num_layers, *part.axis_fragmentations[1:])
-    loaded = dist_checkpointing.load(wanted, str(step), validate_access_integrity=False)
-    gpt.load_state_dict(apply_factory_merges(loaded, factories))
+    _load_layers(gpt, step, first, model.num_layers)
     batch = plan_batch(
         [_window(tokens)], mode="full", placement="document", context_parallel_size=1, context_parallel_rank=0
     ).to(rank_device())
     with torch.no_grad():
         logits = gpt(batch.tokens, batch.positions, None, packed_seq_params=PlannedSeqParams(plan=batch.plan))
     return logits[0, :, : model.vocab_size].cpu()
+
+
+def _load_layers(gpt: AnchorGPT, step: Path, first: int, num_layers: int) -> None:
+    """Fills `gpt` from a checkpoint of `num_layers` layers, the checkpoint's `first` being its layer 0."""
+    state = gpt.sharded_state_dict()
+    apply_factories(state)
+    parts = [part for part in nested_values(state) if isinstance(part, ShardedTensor)]
+    for part in parts:
+        leading = part.prepend_axis_num
+        if leading:  # as axes of its own: Megatron-Core takes stacked layers for a whole model's
+            part.global_shape = (num_layers, *part.global_shape[1:])
+            part.global_offset = (first + part.global_offset[0], *part.global_offset[1:])
+            part.axis_fragmentations = (num_layers, *part.axis_fragmentations[1:])
+            part.local_shape, part.prepend_axis_num = (1,) * leading + part.local_shape, 0
+            part.data = part.data.view(part.local_shape)
+    # the parts are views of the model's parameters, and loading is into them
+    wanted = {str(number): part for number, part in enumerate(parts)}
+    dist_checkpointing.load(wanted, str(step), validate_access_integrity=False)
 
 
 def _window(tokens: np.ndarray) -> Window:

@@ -3,7 +3,8 @@
     prefix.bin     token ids, one document after another        prefix.idx    where each begins
     prefix.json    what preprocessing counted and chose: documents, tokens, vocabulary, anchor token
 
-Documents are stored without anchors; packing adds them.
+Documents are stored without anchors; packing adds them. Three documents "5 6 7", "8 9" and "4" of two-byte
+tokens make a .bin of 12 bytes, `lengths` 3 2 1, and `tokens([2, 0], [0, 1], [1, 3])` gives 4 6 7.
 """
 
 from __future__ import annotations
@@ -18,10 +19,12 @@ from typing import Any
 
 import numpy as np
 from megatron.core.datasets.indexed_dataset import DType
+from numpy.typing import ArrayLike
 
 __all__ = ["Documents", "Summary"]
 
 _HEADER = struct.Struct("<9sQBQQ")  # magic, version, dtype code, sequences, document borders
+_INTEGERS = {one.value for one in DType if np.issubdtype(DType.dtype_from_code(one.value), np.integer)}
 
 
 @dataclass(frozen=True)
@@ -32,11 +35,14 @@ class Summary:
     tokens: int
     longest: int
     empty: int
+    """Documents without text, which were left out."""
     largest_token: int
     vocab_size: int
     anchor_token: int
     tokenizer: str
-    """Folder of the tokenizer, relative to the summary."""
+    """Folder of the tokenizer, relative to the summary's."""
+    sources: list[str]
+    """Names of the inputs."""
 
     def write(self, path: Path) -> None:
         """Writes the summary as JSON."""
@@ -49,7 +55,8 @@ class Summary:
             values = json.loads(path.read_text())
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from error
-        expected, got = {entry.name for entry in dataclasses.fields(cls)}, set(values)
+        expected = {entry.name for entry in dataclasses.fields(cls)}
+        got = set(values) if isinstance(values, dict) else set()
         if expected != got:
             raise ValueError(f"{path}: got fields {sorted(got)}, expected {sorted(expected)}")
         return cls(**values)
@@ -58,7 +65,11 @@ class Summary:
 class Documents:
     """The documents under a prefix. Opening reads the index alone; tokens are mapped, not loaded.
 
-    Raises ValueError naming the file for what is missing, truncated, empty or beyond `vocab_size`.
+    lengths  int64 [documents], in tokens
+
+    `vocab_size` is the model's; ids are checked against it (the tokenizer's where None), all of them by the
+    summary on opening and those that are read once more. Raises ValueError naming the file for what is
+    missing, truncated, empty or beyond.
     """
 
     def __init__(self, prefix: str | Path, *, vocab_size: int | None = None) -> None:
@@ -69,10 +80,11 @@ class Documents:
                     f"data.train: {self.prefix}{suffix}: no such file; expected a data set's prefix"
                 )
         self.summary = Summary.read(Path(self.prefix + ".json"))
-        if vocab_size is not None and self.summary.largest_token >= vocab_size:
+        self._id_limit = self.summary.vocab_size if vocab_size is None else vocab_size
+        if self.summary.largest_token >= self._id_limit:
             raise ValueError(
-                f"{self.prefix}.bin: got token id {self.summary.largest_token}, expected ids below the "
-                f"model's vocab_size = {vocab_size}"
+                f"{self.prefix}.bin: got token id {self.summary.largest_token}, expected ids below "
+                f"vocab_size = {self._id_limit}"
             )
         self._open()
 
@@ -87,19 +99,40 @@ class Documents:
             )
         if not expected:
             raise ValueError(f"{self.prefix}.bin: got no tokens, expected at least one document")
-        self._tokens = np.memmap(self.prefix + ".bin", dtype=self._dtype, mode="r")
+        self._tokens = np.asarray(np.memmap(self.prefix + ".bin", dtype=self._dtype, mode="r"))
         self.lengths = np.diff(self._starts)
+        counted, told = (len(self), int(ends[-1])), (self.summary.documents, self.summary.tokens)
+        if counted != told:
+            raise ValueError(
+                f"{self.prefix}.json: got {told[0]} documents of {told[1]} tokens, expected {counted[0]} of "
+                f"{counted[1]} as the index beside it counts: they are of different data sets"
+            )
 
     def __len__(self) -> int:
         return self.lengths.size
 
-    def tokens(self, document: int, start: int, stop: int) -> np.ndarray:
-        """Tokens [start, stop) of a document, a view of the mapped file in its own dtype."""
-        begin = self._starts[document]
-        return self._tokens[begin + start : begin + stop]
+    def tokens(self, documents: ArrayLike, starts: ArrayLike, stops: ArrayLike) -> np.ndarray:
+        """Tokens [start, stop) of one document or of several, one after another: int64 [sum of lengths].
+
+        ValueError naming file and document for an id that is no token.
+        """
+        chosen, begins, ends = (np.atleast_1d(values) for values in (documents, starts, stops))
+        counts = ends - begins
+        firsts = np.cumsum(counts) - counts
+        places = np.repeat(self._starts[chosen] + begins - firsts, counts) + np.arange(counts.sum())
+        found = self._tokens[places].astype(np.int64)
+        unsigned = found.view(np.uint64)  # in which a negative id is a large one
+        if unsigned.size and unsigned.max() >= self._id_limit:
+            worst = int(np.argmax(unsigned))
+            document = chosen[np.searchsorted(firsts, worst, side="right") - 1]
+            raise ValueError(
+                f"{self.prefix}.bin: document {document}: got token id {found[worst]}, expected ids from 0 "
+                f"and below vocab_size = {self._id_limit}"
+            )
+        return found
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"prefix": self.prefix, "summary": self.summary}
+        return {"prefix": self.prefix, "summary": self.summary, "_id_limit": self._id_limit}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -118,10 +151,10 @@ def _read_index(path: str) -> tuple[np.dtype, np.ndarray, np.ndarray]:
         raise ValueError(f"{path}: got {head[:9]!r}, expected an index of Megatron's format (MMIDIDX)")
     _, version, code, sequences, borders = _HEADER.unpack(head)
     expected = _HEADER.size + sequences * (4 + 8) + borders * 8
-    if version != 1 or code not in {one.value for one in DType} or size != expected or borders < 1:
+    if version != 1 or code not in _INTEGERS or size != expected or borders < 1:
         raise ValueError(
             f"{path}: got {size} bytes, version {version}, dtype code {code}; expected {expected} bytes for "
-            f"the {sequences} sequences its header counts, version 1"
+            f"the {sequences} sequences its header counts, version 1, integers"
         )
     lengths = np.fromfile(path, dtype=np.int32, count=sequences, offset=_HEADER.size)
     where = np.fromfile(path, dtype=np.int64, count=borders, offset=_HEADER.size + sequences * 12)

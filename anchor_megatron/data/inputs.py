@@ -28,7 +28,9 @@ def input_files(inputs: Iterable[Path], suffixes: tuple[str, ...] = ()) -> list[
             found = sorted(one for one in path.rglob("*") if one.is_file())
             found = [one for one in found if not suffixes or one.suffix in suffixes]
             if not found:
-                raise ValueError(f"{path}: holds no files{' ending in ' * bool(suffixes)}{', '.join(suffixes)}")
+                raise ValueError(
+                    f"{path}: holds no files{' ending in ' * bool(suffixes)}{', '.join(suffixes)}"
+                )
             files += found
         elif not path.is_file():
             raise ValueError(f"{path}: no such file or folder")

@@ -26,7 +26,7 @@ from anchor_megatron.data.window import Window
 
 __all__ = ["WindowDataset"]
 
-_BLOCK = 4096  # windows whose starts are guessed at once
+_BLOCK = 64  # windows whose starts are guessed at once; twice as many after each block that was right
 
 
 @dataclass(frozen=True)
@@ -95,58 +95,61 @@ class WindowDataset:
 
     def _assemble(self, epoch: _Epoch, index: int) -> Window:
         begin = int(epoch.starts[index])
-        end = min(begin + self.seq_length, int(epoch.borders[-1]))
+        filled = min(self.seq_length, int(epoch.borders[-1]) - begin)  # slots before the epoch is over
         first = int(np.searchsorted(epoch.borders, begin, side="right")) - 1
-        last = int(np.searchsorted(epoch.borders, end, side="left")) - 1
-        slots = epoch.borders[first : last + 1]
+        last = int(np.searchsorted(epoch.borders, begin + filled, side="left")) - 1
+        slots, documents = epoch.borders[first : last + 1], epoch.order[first : last + 1].copy()
         offsets = np.maximum(begin - slots, 0)  # tokens of each piece's document that came before
-        piece_starts = np.maximum(slots - begin, 0)
-        piece_stops = np.append(piece_starts[1:], end - begin)
-        documents = epoch.order[first : last + 1].copy()
-        tokens = np.full(self.seq_length, self.anchor_token, dtype=np.int64)
-        for document, offset, start, stop in zip(documents.tolist(), offsets.tolist(), piece_starts.tolist(),
-                                                 piece_stops.tolist(), strict=True):  # fmt: skip
-            tokens[start + 1 : stop] = self.documents.tokens(document, offset, offset + stop - start - 1)
-        if piece_stops[-1] - piece_starts[-1] == 1:  # an anchor for which no token was left
+        starts = np.maximum(slots - begin, 0)
+        counts = np.append(starts[1:], filled) - starts - 1
+        if counts[-1] == 0:  # an anchor for which no token was left
             documents[-1] = -1
-        if end - begin < self.seq_length:  # the epoch is over
-            piece_starts, offsets = np.append(piece_starts, end - begin), np.append(offsets, 0)
+        left = self.documents.lengths[documents[-1]] - offsets[-1] - counts[-1]
+        is_cut = bool(filled == self.seq_length and documents[-1] >= 0 and left > 0)
+        counts[-1] += is_cut  # one token more than the window shows: its last label
+        found = self.documents.tokens(documents, offsets, offsets + counts)
+        if filled < self.seq_length:
+            starts, offsets = np.append(starts, filled), np.append(offsets, 0)
             documents = np.append(documents, -1)
-        labels, loss_mask = self._labels(tokens, piece_starts, documents, offsets)
-        cu_seqlens = np.append(piece_starts, self.seq_length)
-        return Window(tokens, labels, loss_mask, cu_seqlens, documents, offsets)
+        return self._window(found, starts, documents, offsets, is_cut)
 
-    def _labels(
-        self, tokens: np.ndarray, starts: np.ndarray, documents: np.ndarray, offsets: np.ndarray
-    ) -> tuple[np.ndarray, np.ndarray]:
-        labels = np.append(tokens[1:], 0)
-        loss_mask = np.ones(tokens.size, dtype=bool)
-        loss_mask[starts] = self.anchor_loss & (offsets == 0)
-        loss_mask[np.append(starts[1:], tokens.size) - 1] = False
-        padding = documents < 0
-        if padding[-1]:
-            loss_mask[starts[-1] :] = False
-        else:  # the window's end may cut its last document, whose next token is then still the label
-            document, consumed = int(documents[-1]), int(offsets[-1] + tokens.size - starts[-1] - 1)
-            if consumed < self.documents.lengths[document]:
-                labels[-1] = self.documents.tokens(document, consumed, consumed + 1)[0]
-                loss_mask[-1] = True
-        labels[~loss_mask] = 0
-        return labels, loss_mask
+    def _window(
+        self, found: np.ndarray, starts: np.ndarray, documents: np.ndarray, offsets: np.ndarray, is_cut: bool
+    ) -> Window:
+        """`found`: the window's own tokens in order, and the one behind it where it cuts a document."""
+        is_own = np.ones(self.seq_length + 1, dtype=bool)  # not an anchor; a slot more, for the last label
+        is_own[starts] = False
+        if documents[-1] < 0:
+            is_own[starts[-1] :] = False
+        is_own[-1] = is_cut
+        tokens = np.full(self.seq_length + 1, self.anchor_token, dtype=np.int64)
+        tokens[is_own] = found
+        # a token's label is the one after it, unless that is an anchor: another piece begins
+        loss_mask = is_own[1:].copy()
+        loss_mask[starts] &= self.anchor_loss & (offsets == 0) & (documents >= 0)
+        labels = np.where(loss_mask, tokens[1:], 0)
+        cu_seqlens = np.append(starts, self.seq_length)
+        return Window(tokens[:-1], labels, loss_mask, cu_seqlens, documents, offsets)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_epochs": {}}
 
 
 def _window_starts(borders: np.ndarray, seq_length: int) -> np.ndarray:
-    """First slot of every window; see the file's opening."""
-    total, at, parts = int(borders[-1]), 0, []
+    """First slot of every window: int64 [windows]; see the file's opening.
+
+    Strides of S-1 are guessed for a block of windows and hold up to the first that ends with a document. So
+    the work grows with the number of such ends, not of documents.
+    """
+    stride, total, at, block = seq_length - 1, int(borders[-1]), 0, _BLOCK
+    parts: list[np.ndarray] = []
     while at < total:
-        guess = at + np.arange(min(_BLOCK, (total - at) // (seq_length - 1) + 1)) * (seq_length - 1)
-        guess = guess[guess < total]
+        guess = np.arange(at, min(at + block * stride, total), stride)
         ends = guess + seq_length
         on_border = borders[np.minimum(np.searchsorted(borders, ends), borders.size - 1)] == ends
-        stop = int(np.argmax(on_border)) if on_border.any() else guess.size - 1
+        hit = bool(on_border.any())
+        stop = int(np.argmax(on_border)) if hit else guess.size - 1
         parts.append(guess[: stop + 1])
-        at = int(ends[stop]) - (0 if on_border[stop] else 1)
+        at = int(ends[stop]) - (0 if hit else 1)
+        block = _BLOCK if hit else 2 * block
     return np.concatenate(parts)

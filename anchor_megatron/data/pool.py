@@ -3,7 +3,8 @@
     workers 2, batches a b c d:   worker 0   a . c      encoded(...) yields  A B C D
                                   worker 1   b d
 
-No more than a few batches a worker are read ahead, so memory stays bounded. One worker is this process.
+No more than a few batches a worker are read ahead, so memory stays bounded. One worker is this process, where
+the tokenizer may use threads of its own.
 """
 
 from __future__ import annotations

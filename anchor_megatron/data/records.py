@@ -1,4 +1,4 @@
-"""One document on its way from a file to token ids: what a preprocessing worker runs, and all that it imports.
+"""One document on its way from a file to token ids: what a preprocessing worker runs.
 
     Record("a.jsonl", 3, b'{"text": "x = 1\\n"}')  ->  "x = 1\\n"  ->  [87, 284, 352, 198]
 
@@ -84,16 +84,19 @@ class Encoder:
     tokens_of: Callable[[list[str]], list[list[int]]]
     json_key: str
     dtype: np.dtype
-    end: tuple[int, ...]
+    end: list[int]
 
     def __call__(self, batch: list[Record]) -> Encoded:
         texts = [record.text(self.json_key) for record in batch]
         has_text = [bool(text) and not text.isspace() for text in texts]
         found = iter(self.tokens_of([text for text, has in zip(texts, has_text, strict=True) if has]))
-        rows = [np.array([*next(found), *self.end] if has else [], dtype=self.dtype) for has in has_text]
+        rows = [self._row(next(found)) if has else self._row([]) for has in has_text]
         return Encoded(
             ids=np.concatenate(rows),
             lengths=np.array([row.size for row in rows], dtype=np.int64),
             bytes_read=sum(len(record.raw) for record in batch),
             paths=frozenset(record.path for record, row in zip(batch, rows, strict=True) if row.size),
         )
+
+    def _row(self, ids: list[int]) -> np.ndarray:
+        return np.array(ids + self.end if ids else ids, dtype=self.dtype)

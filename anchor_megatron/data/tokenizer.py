@@ -1,4 +1,4 @@
-"""Tokenizers: any Hugging Face tokenizer folder, or a byte-level BPE trained on the input where there is none.
+"""Tokenizers: any Hugging Face tokenizer folder, or a byte-level BPE trained on the input.
 
 The anchor is the tokenizer's BOS (Llama: <|begin_of_text|>), else its EOS (Qwen: <|endoftext|>), else a token
 that the user names.
@@ -40,7 +40,9 @@ def batch_encoder(source: str | Path) -> Callable[[list[str]], list[list[int]]]:
     """Texts to token ids; special tokens are not added, nothing is cut or padded."""
     if isinstance(source, Path):
         slow = load_tokenizer(source)
-        return lambda texts: slow(texts, add_special_tokens=False, verbose=False)["input_ids"] if texts else []
+        return lambda texts: (
+            slow(texts, add_special_tokens=False, verbose=False)["input_ids"] if texts else []
+        )
     from tokenizers import Tokenizer
 
     fast = Tokenizer.from_str(source)

@@ -17,9 +17,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from anchor_megatron.layout.solver import split_documents, zigzag
+from anchor_megatron.layout.cost import CostModel
+from anchor_megatron.layout.solver import rows_received, split_documents, zigzag
 
-__all__ = ["PLACEMENTS", "Placement", "balance", "piece_areas", "place"]
+__all__ = ["PLACEMENTS", "Placement", "balance", "piece_areas", "place", "received_rows"]
 
 PLACEMENTS = ("document", "zigzag", "contiguous")
 
@@ -36,11 +37,19 @@ class Placement:
     context_parallel_size: int
 
 
-def place(kind: str, cu_seqlens: np.ndarray, *, context_parallel_size: int, window_length: int) -> Placement:
+def place(
+    kind: str,
+    cu_seqlens: np.ndarray,
+    *,
+    context_parallel_size: int,
+    window_length: int,
+    costs: CostModel = CostModel(),  # noqa: B008 (frozen)
+) -> Placement:
     """Places the tokens of attention spans `cu_seqlens` int64 [D+1] on the ranks.
 
     `zigzag` and `contiguous` cut each window of `window_length` tokens alike, `document` places all windows
-    together. ValueError for an unknown kind, or where the ranks do not divide the tokens they share.
+    together, as cheap as `costs` say it finds them. ValueError for an unknown kind, or where the ranks do not divide the
+    tokens they share.
     """
     if kind not in PLACEMENTS:
         raise ValueError(f"placement: got {kind!r}, expected one of {', '.join(PLACEMENTS)}")
@@ -50,7 +59,7 @@ def place(kind: str, cu_seqlens: np.ndarray, *, context_parallel_size: int, wind
             f"tokens: got {shared}, expected a multiple of context_parallel_size = {context_parallel_size}"
         )
     if kind == "document":
-        cuts, ranks = split_documents(cu_seqlens, context_parallel_size)
+        cuts, ranks = split_documents(cu_seqlens, context_parallel_size, costs)
     else:
         cuts, ranks = _by_window(kind, int(cu_seqlens[-1]), context_parallel_size, window_length)
     return _placement(cu_seqlens, cuts, ranks, context_parallel_size)
@@ -69,6 +78,13 @@ def balance(placement: Placement) -> float:
         placement.rank, weights=piece_areas(placement), minlength=placement.context_parallel_size
     )
     return float(areas.max() / areas.mean())
+
+
+def received_rows(placement: Placement) -> np.ndarray:
+    """Key/value rows int64 [ranks] that each rank receives."""
+    stop = placement.stop - placement.cu_seqlens[placement.document]
+    tokens = placement.stop - placement.start
+    return rows_received(placement.document, stop, tokens, placement.rank, placement.context_parallel_size)
 
 
 def _by_window(kind: str, tokens: int, ranks: int, window_length: int) -> tuple[np.ndarray, np.ndarray]:

@@ -129,6 +129,8 @@ def _experts(config: Config) -> dict[str, Any]:
     model = config.model
     if model.num_experts is None:
         return {}
+    # Megatron-Core's all-to-all takes its sizes to the host from a GPU only
+    spread = config.parallel.expert > 1 and _device().type == "cuda"
     return dict(
         num_moe_experts=model.num_experts,
         moe_ffn_hidden_size=model.ffn_hidden_size,
@@ -136,7 +138,7 @@ def _experts(config: Config) -> dict[str, Any]:
         moe_router_load_balancing_type="aux_loss" if model.moe_aux_loss_coeff else "none",
         moe_aux_loss_coeff=model.moe_aux_loss_coeff,
         moe_router_pre_softmax=not model.moe_normalize_topk,
-        moe_token_dispatcher_type="alltoall" if config.parallel.expert > 1 else "allgather",
+        moe_token_dispatcher_type="alltoall" if spread else "allgather",
         moe_grouped_gemm=_has_transformer_engine(),
     )
 

@@ -174,7 +174,7 @@ def _attention_factor(rope: _Rope, factor: float) -> float:
 
 
 def _llama3(rope: _Rope) -> _Scaled:
-    """Wavelengths beyond length/low are divided by the factor, within length/high kept, between: blended."""
+    """Wavelengths beyond length/low divided by the factor, within length/high kept, between blended."""
     factor, length = _factor(rope), rope.number("original_max_position_embeddings")
     low, high = rope.number("low_freq_factor"), rope.number("high_freq_factor")
     if high <= low:

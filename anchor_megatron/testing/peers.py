@@ -61,7 +61,7 @@ def flex_anchor(lengths: np.ndarray) -> Attention:
         return (k <= q) & ((document[q] == document[k]) | (k == 0))
 
     tokens = int(lengths.sum()) + 1
-    mask = create_block_mask(visible, None, None, tokens, tokens, device="cuda")
+    mask = create_block_mask(visible, None, None, tokens, tokens, device="cuda", _compile=True)
     compiled = torch.compile(flex_attention, dynamic=False)
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

@@ -39,6 +39,8 @@ def initialize_ranks(config: Config) -> None:
         pipeline_model_parallel_size=config.parallel.pipeline,
         context_parallel_size=config.parallel.context,
         expert_model_parallel_size=config.parallel.expert,
+        # else the exchange's few blocks wait behind all those of the attention kernel it should hide under
+        high_priority_stream_groups=["cp"] if torch.cuda.is_available() else None,
     )
     # every pipeline stage its own weights; tensor- and context-parallel ranks share the seed
     seed = config.train.seed + 100 * parallel_state.get_pipeline_model_parallel_rank()
