@@ -1,19 +1,21 @@
 """Measures preprocessing and window assembly, in tokens a second.
 
-    python benchmarks/bench_data.py [--megabytes 60] [--workers 2] [--vocabulary 32768] [--json FILE]
+    python benchmarks/bench_data.py [--megabytes 30] [--workers 2] [--vocabulary 32768] [--json FILE]
 
-Preprocessing: the Python standard library's sources as JSONL, repeated up to `--megabytes`, by
-tools/preprocess_data.py with a byte-level BPE trained on them, and beside it the tokenizer library alone on the
-same texts in memory, in one call with as many threads. Window assembly: made-up documents of about 1,000 (and
-of about 30) tokens in windows of 131,072, in one thread. The start of a data set: the first window of 1,000,000
-documents. Figures are medians of several runs. Prints a table and writes the figures as JSON.
+Preprocessing: the Python standard library's sources as JSONL, cut or repeated to `--megabytes`, by
+tools/preprocess_data.py with a byte-level BPE trained on them, and beside it the tokenizer library alone on
+the same texts in memory, in one call with as many threads. Window assembly: made-up documents of about 1,000
+(and of about 30) tokens in windows of 131,072, in one thread. The start of a data set: the first window of
+1,000,000 documents. Medians of several runs. Prints a table and writes the figures as JSON.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
+import re
 import statistics
 import subprocess
 import sys
@@ -40,7 +42,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--megabytes", type=int, default=60, help="of text to preprocess (%(default)s)")
+    parser.add_argument("--megabytes", type=int, default=30, help="of text to preprocess (%(default)s)")
     parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--vocabulary", type=int, default=32_768)
     parser.add_argument("--repeats", type=int, default=3)
@@ -73,36 +75,52 @@ def shown(value: float | list[float]) -> str:
 
 def measure_preprocessing(folder: Path, given: argparse.Namespace) -> dict[str, Any]:
     """The tool and the tokenizer library alone, in turn: the machine is not equally fast all the time."""
-    sources = sorted(Path(sysconfig.get_paths()["stdlib"]).glob("**/*.py"))
-    texts = [text for path in sources if (text := path.read_text(errors="ignore"))]
-    train_tokenizer(texts, vocab_size=given.vocabulary, folder=folder / "tokenizer")
-    texts *= max(1, round(given.megabytes * 1e6 / sum(map(len, texts))))
+    texts = library_texts(given.megabytes * 10**6)
+    train_tokenizer(texts[:1000], vocab_size=given.vocabulary, folder=folder / "tokenizer")
     with (folder / "text.jsonl").open("w") as file:
         file.writelines(json.dumps({"text": text}) + "\n" for text in texts)
     tool, library = [], []
     for _ in range(given.repeats):
-        started = time.perf_counter()
-        run_tool(folder, given.workers)
-        tool.append(time.perf_counter() - started)
-        library.append(time_library(folder, given.workers))
-    tokens = Documents(folder / "out").summary.tokens
+        tool.append(run_tool(folder, given.workers))
+        library.append(run_library(folder, given.workers))
+    tokens, speed, library_speed = (
+        tool[0][0],
+        *(statistics.median(one for _, one in x) for x in (tool, library)),
+    )
     return {
         "tokens": tokens,
         "workers": given.workers,
-        "tokens_per_second": tokens / statistics.median(tool),
-        "library_tokens_per_second": tokens / statistics.median(library),
-        "of_library": statistics.median(library) / statistics.median(tool),
-        "all_seconds": tool,
-        "all_library_seconds": library,
+        "tokens_per_second": speed,
+        "library_tokens_per_second": library_speed,
+        "of_library": speed / library_speed,
+        "all_tokens_per_second": [one for _, one in tool],
+        "all_library_tokens_per_second": [one for _, one in library],
     }
 
 
-def run_tool(folder: Path, workers: int) -> None:
-    """tools/preprocess_data.py as a user starts it, imports and all."""
+def library_texts(size: int) -> list[str]:
+    """Sources of the standard library, about `size` characters in all."""
+    paths = sorted(Path(sysconfig.get_paths()["stdlib"]).glob("**/*.py"))
+    own = (path.read_text(errors="ignore") for path in paths if "site-packages" not in path.parts)
+    texts: list[str] = []
+    for text in itertools.cycle([text for text in own if text]):
+        texts.append(text)
+        size -= len(text)
+        if size <= 0:
+            return texts
+    raise AssertionError("a cycle ends only where the standard library has no sources")
+
+
+def run_tool(folder: Path, workers: int) -> tuple[int, float]:
+    """Tokens, and tokens a second as tools/preprocess_data.py tells: from the start of its workers to the
+    last byte written.
+    """
     tool = str(ROOT / "tools" / "preprocess_data.py")
     words = [str(folder / "text.jsonl"), "--tokenizer", str(folder / "tokenizer")]
     words += ["--output", str(folder / "out"), "--workers", str(workers), "--overwrite"]
-    subprocess.run([sys.executable, tool, *words], check=True, capture_output=True)
+    done = subprocess.run([sys.executable, tool, *words], check=True, stdout=subprocess.PIPE, text=True)
+    tokens, speed = re.findall(r"([\d,]+) tokens(?:/s)?,", done.stdout)
+    return int(tokens.replace(",", "")), float(speed.replace(",", ""))
 
 
 _LIBRARY = """
@@ -111,18 +129,21 @@ from tokenizers import Tokenizer
 texts = [json.loads(line)["text"] for line in open(sys.argv[1] + "/text.jsonl")]
 tokenizer = Tokenizer.from_file(sys.argv[1] + "/tokenizer/tokenizer.json")
 started = time.perf_counter()
-tokenizer.encode_batch_fast(texts, add_special_tokens=False)
-print(time.perf_counter() - started)
+found = tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+seconds = time.perf_counter() - started
+tokens = sum(len(one) for one in found)
+print(tokens, tokens / seconds)
 """
 
 
-def time_library(folder: Path, threads: int) -> float:
-    """Seconds of one call of the tokenizer library, in a process of its own with `threads` threads."""
+def run_library(folder: Path, threads: int) -> tuple[int, float]:
+    """Tokens, and tokens a second of one call of the tokenizer library in a process of its own."""
     done = subprocess.run(
         [sys.executable, "-c", _LIBRARY, str(folder)],
-        check=True, capture_output=True, text=True, env={**os.environ, "RAYON_NUM_THREADS": str(threads)},
+        check=True, stdout=subprocess.PIPE, text=True, env={**os.environ, "RAYON_NUM_THREADS": str(threads)},
     )  # fmt: skip
-    return float(done.stdout)
+    tokens, speed = done.stdout.split()
+    return int(tokens), float(speed)
 
 
 def make_set(prefix: Path, lengths: np.ndarray) -> Documents:

@@ -189,4 +189,4 @@ def test_a_model_from_a_checkpoint_s_dictionary(tiny: Path, tmp_path: Path) -> N
 
 @pytest.mark.parametrize("path", sorted((ROOT / "examples").glob("*.yaml")), ids=lambda path: path.name)
 def test_examples_load(path: Path) -> None:
-    assert load_config(path).data.train == "build/demo/data/stdlib"
+    assert load_config(path).data.train.startswith("build/"), "examples write where git does not look"

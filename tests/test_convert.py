@@ -19,20 +19,17 @@ from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_regi
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from anchor_megatron.config import Config
-from anchor_megatron.convert.exporting import checkpoint_folder, export_checkpoint, read_checkpoint_model
+from anchor_megatron.convert.exporting import checkpoint_folder, read_checkpoint_model
 from anchor_megatron.convert.families import FAMILIES
-from anchor_megatron.convert.importing import import_checkpoint
 from anchor_megatron.convert.rows import same_values
 from anchor_megatron.convert.sources import open_source
 from anchor_megatron.data.window import Window
 from anchor_megatron.model.builder import build_model
 from anchor_megatron.model.core_attention import PlannedSeqParams
-from anchor_megatron.testing.models import random_window, tiny_config
+from anchor_megatron.testing.models import tiny_config
 from anchor_megatron.testing.ranks import run_ranks
-from anchor_megatron.training.batch import PlannedBatch, plan_batch
-from anchor_megatron.training.checkpoint import load_pretrained, save_checkpoint
+from anchor_megatron.training.batch import plan_batch
 from anchor_megatron.training.setup import initialize_ranks
-from anchor_megatron.training.step import build_trainee, train_step
 
 Folders = dict[str, tuple[Path, Path, Path]]
 VOCAB = 91
@@ -42,8 +39,8 @@ LLAMA3 = dict(rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_fac
 YARN = dict(rope_type="yarn", factor=4.0, original_max_position_embeddings=16, beta_fast=24.0)
 # grouped queries, heads that are not hidden_size / heads wide, nothing a power of two
 COMMON = dict(vocab_size=VOCAB, hidden_size=48, intermediate_size=72, num_hidden_layers=2,
-              num_attention_heads=6, num_key_value_heads=2, head_dim=10, max_position_embeddings=64, bos_token_id=1, eos_token_id=2,
-              pad_token_id=None, rms_norm_eps=1e-5)  # fmt: skip
+              num_attention_heads=6, num_key_value_heads=2, head_dim=10, max_position_embeddings=64,
+              bos_token_id=1, eos_token_id=2, pad_token_id=None, rms_norm_eps=1e-5)  # fmt: skip
 THETA = dict(rope_theta=5e5)
 MOE = dict(num_experts_per_tok=2, num_experts=4, moe_intermediate_size=24)
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
@@ -61,11 +58,13 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-def make_hf(case: str, folder: Path) -> Path:
+def make_hf(case: str, folder: Path, *, plain_rope: bool = False) -> Path:
     """A random model of the case, with every weight away from its initial value, saved by transformers."""
     kind, fields = CASES[case]
     torch.manual_seed(0)
     fields = COMMON | fields
+    if plain_rope:
+        fields.pop("rope_parameters", None)
     dtype = getattr(torch, fields.pop("dtype", "float32"))
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **fields)).to(dtype)
     with torch.no_grad():
@@ -222,91 +221,3 @@ def test_expert_parallel_ranks_load_their_own_experts(converted: Folders) -> Non
             found = per_rank[expert // 2]
             assert torch.equal(found[ours + "linear_fc1.weight"], torch.cat([w1.read(0, 72), w3.read(0, 72)]))
             assert torch.equal(found[ours + "linear_fc2.weight"], w2.read(0, 48))
-
-
-def windows(config: Config) -> list[PlannedBatch]:
-    """Two steps of one micro-batch."""
-    return [
-        plan_batch(
-            [random_window(lengths=[9, 30, 1], vocab_size=VOCAB, seed=seed)],
-            mode="anchor",
-            placement="document",
-            context_parallel_size=1,
-            context_parallel_rank=0,
-        )
-        for seed in range(2)
-    ]  # fmt: skip
-
-
-def train_on_rank(rank: int, world_size: int, config: Config, pretrained: str) -> torch.Tensor:
-    """Two steps from the imported weights, a checkpoint, and the trained model's logits."""
-    initialize_ranks(config)
-    trainee = build_trainee(config)
-    load_pretrained(trainee, pretrained)
-    batches = iter(windows(config))
-    for _ in range(2):
-        train_step(config, trainee, batches)
-    save_checkpoint(config, trainee, step=2)
-    return forward(trainee.gpt, config.parallel.tensor)
-
-
-TRAINED = [
-    ("llama", 4, dict(tensor=2, pipeline=2)),
-    ("qwen2 tied", 4, dict(tensor=2, pipeline=2)),
-    ("mixtral", 2, dict(pipeline=2)),
-]
-
-
-@pytest.mark.parametrize(("case", "world_size", "parallel"), TRAINED, ids=lambda value: str(value)[:20])
-def test_import_train_export(
-    case: str,
-    world_size: int,
-    parallel: dict[str, int],
-    converted: Folders,
-    tmp_path: Path,
-) -> None:
-    hf, megatron, _ = converted[case]
-    config = our_config(megatron, **parallel)
-    config.data.mode, config.optimizer.lr = "anchor", 1e-2
-    config.checkpoint.directory, config.checkpoint.pretrained = str(tmp_path / "run"), str(megatron)
-    ours = run_ranks(world_size, train_on_rank, config, str(megatron))[-1]
-    export_checkpoint(tmp_path / "run", tmp_path / "trained", say=lambda message: None)
-    theirs = hf_logits(tmp_path / "trained")
-    torch.testing.assert_close(theirs, ours, atol=1e-5, rtol=1e-5)
-    assert (theirs - hf_logits(hf)).abs().max() > 0.1, "training must have changed the model"
-
-
-def save_on_rank(rank: int, world_size: int, config: Config) -> torch.Tensor:
-    initialize_ranks(config)
-    trainee = build_trainee(config)
-    save_checkpoint(config, trainee, step=0)
-    return forward(trainee.gpt, 1)
-
-
-@pytest.mark.parametrize(
-    ("features", "architecture"),
-    [
-        (dict(), "LlamaForCausalLM"),
-        (dict(tie_embeddings=True, add_qkv_bias=True), "Qwen2ForCausalLM"),
-        (dict(qk_layernorm=True, kv_channels=20, rope_scaling=YARN), "Qwen3ForCausalLM"),
-        (dict(num_experts=4), "MixtralForCausalLM"),
-        (dict(num_experts=4, qk_layernorm=True, moe_normalize_topk=False), "Qwen3MoeForCausalLM"),
-    ],
-    ids=lambda value: str(value)[:40],
-)
-def test_a_model_trained_from_scratch_becomes_the_family_with_its_features(
-    features: dict[str, Any], architecture: str, tmp_path: Path
-) -> None:
-    config = tiny_config(vocab_size=VOCAB, seq_length=len(TOKENS), model=features | dict(init_std=0.2))
-    config.checkpoint.directory = str(tmp_path / "run")
-    ours = run_ranks(1, save_on_rank, config)[0]
-    said: list[str] = []
-    export_checkpoint(tmp_path / "run", tmp_path / "hf", say=said.append)
-    assert "no tokenizer" in said[0]
-    assert json.loads((tmp_path / "hf" / "config.json").read_text())["architectures"] == [architecture]
-    torch.testing.assert_close(hf_logits(tmp_path / "hf"), ours, atol=1e-5, rtol=1e-5)
-    # and back: what we wrote is what we read
-    import_checkpoint(tmp_path / "hf", tmp_path / "again", say=said.append)
-    export_checkpoint(tmp_path / "again", tmp_path / "twice", say=said.append)
-    first, second = open_source(tmp_path / "hf"), open_source(tmp_path / "twice")
-    assert all(same_values(rows, second.tensors[name]) for name, rows in first.tensors.items())

@@ -1,8 +1,9 @@
-"""The whole model: against transformers with the paper's dense mask, across parallel layouts, and for leaks."""
+"""The whole model: against transformers with the paper's dense mask, in parallel, and for leaks."""
 
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -159,7 +160,7 @@ def test_replicated_anchors_equal_the_papers_shared_one(
 
 
 def test_modes_differ_as_they_should(weights: tuple[str, dict[str, torch.Tensor]]) -> None:
-    """RoPE is relative, so in exact arithmetic running and reset positions are one model; all others differ."""
+    """RoPE is relative: in exact arithmetic running and reset positions are one model; others differ."""
     window = random_window(lengths=LENGTHS, vocab_size=VOCAB, seed=3)
     found = {
         mode: all_logits(1, tiny_config(vocab_size=VOCAB, data=dict(mode=mode)), [window], weights[0])
@@ -206,7 +207,7 @@ def test_no_document_hears_another(
     changed = window.tokens.copy()
     disturbed = slice(*window.cu_seqlens[2:4])
     changed[disturbed][1:] = (changed[disturbed][1:] + 7) % (VOCAB - 2) + 2
-    other = Window(changed, window.labels, window.loss_mask, window.cu_seqlens, window.document_ids, window.document_offsets)  # fmt: skip
+    other = replace(window, tokens=changed)
     same = torch.ones(window.tokens.size, dtype=torch.bool)
     same[disturbed] = False
     for probe in (logits_on_rank, embedding_gradients_on_rank):

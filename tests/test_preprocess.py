@@ -1,21 +1,27 @@
-"""Preprocessing: real text in every form in, the same tokens out, and one clear message for what cannot be
-used.
-"""
+"""Preprocessing: real text in every form in, the same tokens out."""
 
 from __future__ import annotations
 
 import json
+import os
+import runpy
+import shutil
 import subprocess
 import sys
 import sysconfig
+from collections.abc import Iterator
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from anchor_megatron.data.documents import Documents
-from anchor_megatron.data.packing import WindowDataset
+from anchor_megatron.data.pool import encoded
 from anchor_megatron.data.preprocess import Job, preprocess
+from anchor_megatron.data.records import Encoder, Record
 from anchor_megatron.data.tokenizer import load_tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -61,104 +67,76 @@ def test_append_eod_ends_every_document(trained: Path, tmp_path: Path) -> None:
     assert all(ended.tokens(i, length - 1, length)[0] == eos for i, length in enumerate(ended.lengths))
 
 
-def bad_input(tmp_path: Path, name: str, content: bytes) -> Path:
-    path = tmp_path / name
-    path.write_bytes(content)
-    return path
+def test_documents_without_text_are_left_out_and_counted(trained: Path, tmp_path: Path) -> None:
+    lines = [json.dumps({"text": text}) for text in ("", "one", " \n", "two")]
+    (tmp_path / "some.jsonl").write_text("\n".join(lines))
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "empty.txt").touch()
+    (tmp_path / "folder" / "three.txt").write_text("three")
+    inputs = (tmp_path / "some.jsonl", tmp_path / "folder")
+    job = Job(inputs, tmp_path / "out", tokenizer=trained.parent / "set_tokenizer", append_eod=True)
+    summary, _ = preprocess(job)
+    assert (summary.documents, summary.empty, summary.sources) == (3, 3, ["some.jsonl", "folder"])
+    assert (Documents(tmp_path / "out").lengths > 1).all(), "an EOS alone is no document"
 
 
-@pytest.mark.parametrize(
-    ("name", "content", "message"),
-    [
-        ("empty.txt", b"", "empty.txt: is empty"),
-        ("blank.jsonl", b'{"text": ""}\n', "holds no text"),
-        ("bytes.txt", b"good \xff bad", "bytes.txt: byte 5 is not UTF-8"),
-        ("bytes.jsonl", b'{"text": "a"}\n{"text": "\xff"}\n', "bytes.jsonl:2: byte 10 is not UTF-8"),
-        ("broken.jsonl", b'{"text": "a"}\n{"text": \n', "broken.jsonl:2: is not JSON"),
-        ("keys.jsonl", b'{"text": "a"}\n\n{"body": "b"}\n', "keys.jsonl:3: got keys"),
-        ("list.jsonl", b'["a"]\n', "list.jsonl:1: got list"),
-    ],
-)
-@pytest.mark.parametrize("workers", [1, 2])
-def test_bad_input_is_named_and_leaves_nothing(
-    trained: Path, tmp_path: Path, name: str, content: bytes, message: str, workers: int
-) -> None:
-    if workers == 2 and name != "broken.jsonl":
-        pytest.skip("one message is enough to see that errors travel from workers")
-    path = bad_input(tmp_path, name, content)
-    job = Job((path,), tmp_path / "out", tokenizer=trained.parent / "set_tokenizer", workers=workers)
-    with pytest.raises(ValueError, match=message):
-        preprocess(job)
-    assert {one.name for one in tmp_path.iterdir()} == {name}
-
-
-def test_bad_options_are_named(trained: Path, tmp_path: Path) -> None:
-    tokenizer = trained.parent / "set_tokenizer"
-    path = bad_input(tmp_path, "a.txt", b"text")
-    with pytest.raises(ValueError, match="no such file or folder"):
-        preprocess(Job((tmp_path / "gone.txt",), tmp_path / "out", tokenizer=tokenizer))
-    with pytest.raises(ValueError, match="exists; give --overwrite"):
-        preprocess(Job((path,), trained, tokenizer=tokenizer))
-    with pytest.raises(ValueError, match="expected a token of"):
-        preprocess(Job((path,), tmp_path / "out", tokenizer=tokenizer, anchor_token="<nothing>"))
-    with pytest.raises(ValueError, match="expected at least 258"):
-        preprocess(Job((path,), tmp_path / "out", train_tokenizer=100))
-
-
-def test_a_tokenizer_without_bos_and_eos_needs_a_named_anchor(trained: Path, tmp_path: Path) -> None:
-    from transformers import PreTrainedTokenizerFast
-
-    bare = PreTrainedTokenizerFast(tokenizer_file=str(trained.parent / "set_tokenizer" / "tokenizer.json"))
-    bare.save_pretrained(str(tmp_path / "bare"))
-    path = bad_input(tmp_path, "a.txt", b"text")
-    with pytest.raises(ValueError, match="has neither BOS nor EOS"):
-        preprocess(Job((path,), tmp_path / "out", tokenizer=tmp_path / "bare"))
-    summary, _ = preprocess(Job((path,), tmp_path / "out", tokenizer=tmp_path / "bare", anchor_token="e"))
-    assert summary.anchor_token == bare.get_vocab()["e"]
-
-
-def copy_set(trained: Path, folder: Path) -> Path:
-    for suffix in (".bin", ".idx", ".json"):
-        (folder / f"set{suffix}").write_bytes(Path(f"{trained}{suffix}").read_bytes())
-    return folder / "set"
-
-
-def test_damaged_data_sets_are_named(trained: Path, tmp_path: Path) -> None:
-    prefix = copy_set(trained, tmp_path)
-    whole = (tmp_path / "set.bin").read_bytes()
-    (tmp_path / "set.bin").write_bytes(whole[:-2])
-    with pytest.raises(ValueError, match=rf"set.bin: got {len(whole) - 2} bytes, expected the {len(whole)}"):
-        Documents(prefix)
-    (tmp_path / "set.bin").write_bytes(whole)
-    with pytest.raises(
-        ValueError, match="set.bin: got token id 499, expected ids below the model's vocab_size = 400"
-    ):
-        Documents(prefix, vocab_size=400)
-    index = (tmp_path / "set.idx").read_bytes()
-    (tmp_path / "set.idx").write_bytes(index[:-1])
-    with pytest.raises(ValueError, match="set.idx: got"):
-        Documents(prefix)
-    (tmp_path / "set.idx").write_bytes(b"x" * 64)
-    with pytest.raises(ValueError, match="expected an index of Megatron's format"):
-        Documents(prefix)
-    (tmp_path / "set.json").unlink()
-    with pytest.raises(ValueError, match="set.json: no such file"):
-        Documents(prefix)
-
-
-def test_windows_need_room_for_an_anchor_and_a_token(trained: Path) -> None:
-    with pytest.raises(ValueError, match="data.seq_length: got 1"):
-        WindowDataset(Documents(trained), seq_length=1, anchor_token=0, seed=0)
-
-
-def test_the_command_prints_a_summary_or_one_message(trained: Path, tmp_path: Path) -> None:
-    command = [sys.executable, str(ROOT / "tools" / "preprocess_data.py"), str(SOURCES), "--suffix", ".py"]
-    command += ["--tokenizer", str(trained.parent / "set_tokenizer"), "--output", str(tmp_path / "out")]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0 and "documents" in done.stdout and "tokens/s" in done.stdout, done.stderr
-    again = subprocess.run(command, capture_output=True, text=True)
+def test_overwriting_replaces_the_whole_set(trained: Path, tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("text")
+    model = shutil.copytree(trained.parent / "set_tokenizer", tmp_path / "model")
+    (model / "model.safetensors").write_bytes(b"weights")
+    job = Job((tmp_path / "a.txt",), tmp_path / "sets" / "out", tokenizer=model)
+    preprocess(job)
+    kept = tmp_path / "sets" / "out_tokenizer"
+    assert {path.name for path in kept.iterdir()} == {path.name for path in model.iterdir()} - {
+        "model.safetensors"
+    }
+    (tmp_path / "a.txt").write_text("text of another length")
+    preprocess(replace(job, overwrite=True, tokenizer=kept))  # its own output is a tokenizer like any other
+    documents = Documents(tmp_path / "sets" / "out")
     assert (
-        again.returncode == 2
-        and "exists; give --overwrite" in again.stderr
-        and "Traceback" not in again.stderr
+        load_tokenizer(kept).decode(documents.tokens(0, 0, documents.lengths[0])) == "text of another length"
     )
+    assert {path.name for path in kept.parent.iterdir()} == {
+        "out.bin",
+        "out.idx",
+        "out.json",
+        "out_tokenizer",
+    }
+
+
+def test_workers_keep_the_order_and_read_little_ahead(trained: Path) -> None:
+    source = (trained.parent / "set_tokenizer" / "tokenizer.json").read_text()
+    make_encoder = partial(Encoder.open, source, "text", np.dtype(np.int32), [])
+    read = []
+
+    def batches() -> Iterator[list[Record]]:
+        for number in range(24):
+            read.append(number)  # every other batch takes a worker longer
+            yield [Record(str(number), 0, b"def %d(): pass\n" % number * (1, 5000)[number % 2])]
+
+    expected = [one.ids for one in encoded(make_encoder, batches(), workers=1)]
+    read.clear()
+    results = encoded(make_encoder, batches(), workers=2)
+    found = [next(results).ids]
+    assert len(read) <= 8, "at most four batches a worker wait in memory"
+    found += [one.ids for one in results]
+    assert all(np.array_equal(one, other) for one, other in zip(found, expected, strict=True))
+
+
+def test_a_worker_that_dies_ends_the_run() -> None:
+    with pytest.raises(BrokenProcessPool):
+        list(encoded(partial(os._exit, 3), iter([[Record("a", 1, b"x")]]), workers=2))
+
+
+def test_the_command_prints_a_summary_or_one_message(
+    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tool = ROOT / "tools" / "preprocess_data.py"
+    words = [str(tool), str(SOURCES), "--suffix", ".py", "--output", str(tmp_path / "out")]
+    words += ["--tokenizer", str(trained.parent / "set_tokenizer"), "--workers", "2"]
+    done = subprocess.run([sys.executable, *words], capture_output=True, text=True)
+    assert done.returncode == 0 and "documents" in done.stdout and "tokens/s" in done.stdout, done.stderr
+    monkeypatch.setattr(sys, "argv", words)
+    assert runpy.run_path(str(tool))["main"]() == 2
+    printed = capsys.readouterr()
+    assert printed.err.startswith("preprocess_data.py: --output: ") and printed.err.count("\n") == 1

@@ -123,6 +123,7 @@ def truncated(prefix: Path, folder: Path) -> Path:
         ("data.seq_length=1", "data.seq_length: got 1, expected at least 2"),
         ("parallel.context=3", "got 128, expected a multiple of parallel.context = 3"),
         ("parallel.context=2", "number of ranks: got 1, expected a multiple of"),
+        ("model.num_experts=4 parallel.tensor=2", "parallel.sequence: got false, expected true for experts"),
         ("train.micro_batch_size=3", "train.global_batch_size: got 4, expected a multiple of"),
         ("attention.kernel=abacus", "attention.kernel: got 'abacus', expected one of"),
         ("checkpoint.pretrained=gone", "checkpoint.pretrained: got gone, expected a checkpoint"),
@@ -133,7 +134,7 @@ def test_bad_input_ends_before_training(
 ) -> None:
     if "{cut}" in override:
         override = override.format(cut=truncated(prefix, tmp_path))
-    words = [str(run_file), "model.vocab_size=300", override]
+    words = [str(run_file), "model.vocab_size=300", *override.split()]
     ((status, errors),) = run_ranks(1, main_on_rank, words)
     assert status == 2 and message in errors and errors.count("\n") == 1, errors
     assert not (tmp_path / "metrics.jsonl").exists()
@@ -179,7 +180,7 @@ def test_reports_over_an_interval_sum_up_its_steps(run_file: Path) -> None:
 
 def test_every_mode_trains_and_is_its_own(run_file: Path) -> None:
     found = {}
-    # with weights as small as usual, attention is so flat that rotating it differently makes no bit of difference
+    # weights as small as usual make attention so flat that other positions do not change a bit
     words = ("model.init_std=0.3", "parallel.context=2")
     for mode in ("full", "document", "document_reset", "anchor"):
         found[mode] = pretrain(2, run_file, f"data.mode={mode}", *words)
@@ -204,7 +205,7 @@ def test_two_windows_at_once_are_the_same_step(run_file: Path) -> None:
 EXPERTS = ("model.num_experts=4", "model.moe_aux_loss_coeff=0.01")
 
 
-def test_experts_train_alike_on_one_and_two_ranks(run_file: Path, tmp_path: Path) -> None:
+def test_experts_train_alike_on_every_layout(run_file: Path, tmp_path: Path) -> None:
     pretrain(1, run_file, *EXPERTS, "train.steps=1", f"checkpoint.directory={tmp_path / 'first'}")
     weights = f"checkpoint.pretrained={tmp_path / 'first'}"  # as fresh ones differ from layout to layout
     one = pretrain(1, run_file, *EXPERTS, weights)

@@ -3,8 +3,8 @@
     python tools/bench_attention.py --output benchmarks/results/attention_1gpu.json
     torchrun --nproc-per-node 2 tools/bench_attention.py --output benchmarks/results/attention_cp2.json
 
-TFLOP/s counts the mask's own area only: 4 * heads * head dim a visible pair forward, 2.5 times that backward. Both sides of
-every ratio are measured in this run; figures are medians, of several ranks the slowest rank's.
+TFLOP/s counts the mask's own area only: 4 * heads * head dim a visible pair forward, 2.5 times that backward.
+Both sides of every ratio are measured in this run; figures are medians, of several ranks the slowest rank's.
 """
 
 from __future__ import annotations
@@ -55,15 +55,16 @@ def main() -> None:
         for workload in given.workloads:
             query_heads, groups = map(int, heads.split("/"))
             lengths = workload_lengths(workload, given.tokens, table=TABLE)
-            say(f"\n{workload}: {lengths.size} documents, longest {lengths.max():,}; {heads} heads of {HEAD_DIM}; "
-                f"{ranks} GPU(s)")  # fmt: skip
+            say(f"\n{workload}: {lengths.size} documents, longest {lengths.max():,}; "
+                f"{heads} heads of {HEAD_DIM}; {ranks} GPU(s)")  # fmt: skip
             for name, case in cases(lengths, query_heads, groups, ranks):
                 gc.collect()
                 torch.cuda.empty_cache()
                 rows.append({"workload": workload, "heads": heads, "ranks": ranks, "name": name}
                             | measure(name, case, query_heads, groups, given.repeats))  # fmt: skip
-    if given.output and (ranks == 1 or dist.get_rank() == 0):
-        write_results(given.output, {"tokens": given.tokens, "rows": rows})
+                # each time, so that a run cut short keeps its rows
+                if given.output and (ranks == 1 or dist.get_rank() == 0):
+                    write_results(given.output, {"tokens": given.tokens, "rows": rows})
     if ranks > 1:
         dist.destroy_process_group()
 
@@ -99,7 +100,9 @@ def cases(lengths: np.ndarray, heads: int, groups: int, ranks: int) -> Iterator[
         yield "ours", planned(lengths, kernel, dist.group.WORLD)
 
         def te_cp() -> tuple[Any, int, float]:
-            attend, held = peers.transformer_engine_thd_cp(plain, group=dist.group.WORLD, **shape)
+            world = dist.group.WORLD
+            assert world is not None, "several ranks have a process group"
+            attend, held = peers.transformer_engine_thd_cp(plain, group=world, **shape)
             return attend, held.numel(), area(plain)
 
         yield "TransformerEngine p2p THD", te_cp

@@ -1,11 +1,12 @@
-"""A training pass (forward, backward, gradient reduction) of a few layers of a real model, ours beside stock Megatron-Core.
+"""A training pass (forward, backward, gradient reduction) of a few layers, ours beside stock Megatron-Core.
 
     python tools/bench_step.py --output benchmarks/results/step_1gpu.json
     torchrun --nproc-per-node 2 tools/bench_step.py --output benchmarks/results/step_cp2.json
 
-Stock is Megatron-Core's own GPTModel with TransformerEngine layers and attention and its fused cross entropy: full attention,
-and intra-document (THD). Time is the slowest rank's median, memory the largest rank's peak. The optimizer's step, the
-same on all sides, is left out: at 131,072 tokens its state and stock's logits do not fit one GPU together.
+Stock is Megatron-Core's own GPTModel with TransformerEngine layers and attention and its fused cross entropy:
+full attention, and intra-document (THD). Time is the slowest rank's median, memory the largest rank's peak.
+The optimizer's step, the same on all sides, is left out: at 131,072 tokens its state and stock's logits do
+not fit one GPU together.
 """
 
 from __future__ import annotations
@@ -214,7 +215,8 @@ def draw(run: Callable[[], None], path: Path) -> dict[str, Any]:
     kernels, waits = trace(run)
     exchange, hidden = overlap(kernels)
     say(
-        f"exchange {exchange:.2f} ms, under attention {hidden:.2f} ms; the host waited: {dict(waits) or 'never'}"
+        f"exchange {exchange:.2f} ms, under attention {hidden:.2f} ms; "
+        f"the host waited: {dict(waits) or 'never'}"
     )
     if dist.get_rank() == 0:
         draw_timeline(kernels, path, title=f"one pass, rank 0 of {dist.get_world_size()}")

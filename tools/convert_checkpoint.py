@@ -99,10 +99,10 @@ def _verify(arguments: argparse.Namespace) -> int:
     else:
         found = verify(arguments.out, arguments.megatron)
     verdict = "within" if found.ok else "BEYOND"
+    layers = " (layer by layer)" if found.by_layer else ""
     print(
         f"verify: largest difference of logits {found.difference:.3e} on {found.tokens} random tokens, "
-        f"{verdict} "
-        f"{BOUND:g} of the largest logit {found.largest:.3g}{' (layer by layer)' if found.by_layer else ''}"
+        f"{verdict} {BOUND:g} of the largest logit {found.largest:.3g}{layers}"
     )
     return 0 if found.ok else 1
 

@@ -27,9 +27,6 @@ def main() -> int:
     source.add_argument(
         "--train-tokenizer", type=int, metavar="N", help="train a byte-level BPE of N entries on the input"
     )
-    parser.add_argument(
-        "--tokenizer-out", type=Path, metavar="DIR", help="where the tokenizer is kept (PREFIX_tokenizer)"
-    )
     parser.add_argument("--json-key", default="text", help="the text's key in a JSONL line (%(default)s)")
     parser.add_argument(
         "--suffix", nargs="+", default=[], metavar=".EXT", help="of the files taken from folders (all)"

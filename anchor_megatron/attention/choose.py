@@ -22,13 +22,13 @@ _log = logging.getLogger(__name__)
 def choose_kernel(name: str, *, device: torch.device, dtype: torch.dtype, head_dim: int) -> Kernel:
     """The kernel called `name` where it can run, else ("auto": at once) the fastest that can.
 
-    A kernel that was asked for and cannot run is passed over with a warning that says why. ValueError for an unknown
-    name, or where none can run.
+    A kernel that was asked for and cannot run is passed over with a warning that says why. ValueError for an
+    unknown name, or where none can run.
     """
     if name not in KERNEL_NAMES:
         raise ValueError(f"attention.kernel: got {name!r}, expected one of {', '.join(KERNEL_NAMES)}")
     order = list(_KERNELS) if name == "auto" else [name, *(other for other in _KERNELS if other != name)]
-    problems = []
+    problems: list[str] = []
     for candidate in order:
         problem = _KERNELS[candidate].problem(device, dtype, head_dim)
         if problem is None:

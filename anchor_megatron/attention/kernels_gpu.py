@@ -1,4 +1,5 @@
-"""GPU attention kernels, fastest first: flash-attn 4, TransformerEngine's cuDNN, torch's own FlashAttention-2.
+"""GPU attention kernels, fastest first: flash-attn 4, TransformerEngine's cuDNN, torch's own
+FlashAttention-2.
 
 flash-attn 4 writes its results where it is told; the other two allocate them, which costs a copy.
 """
@@ -178,7 +179,8 @@ class TransformerEngineKernel:
         """See `Kernel.forward`."""
         out, (stats_TN1, *_) = self._fused.fused_attn_fwd(
             True, segments.max_seqlen_q, segments.max_seqlen_k, segments.cu_seqlens_q, segments.cu_seqlens_k,
-            *_contiguous(q_TNH, k_KGH, v_KGH), q_TNH.dtype, attn_scale=scale, **_padded(segments), **self._common,
+            *_contiguous(q_TNH, k_KGH, v_KGH), q_TNH.dtype, attn_scale=scale, **_padded(segments),
+            **self._common,
         )[:2]  # fmt: skip
         out_TNH.copy_(out)
         return stats_TN1.squeeze(-1).transpose(0, 1)

@@ -1,14 +1,18 @@
-"""Rows of keys and values on the move: packed for sending, gathered for the pieces that wait, gradients summed home.
+"""Rows of keys and values on the move: packed for sending, gathered for the pieces that wait, gradients
+summed home.
 
-A row can serve as a key several times: in its own piece, in waiting pieces of this rank, on other ranks. So gathering copies
-a row to several places, and its adjoint sums what comes back from them. The sums follow a list made on the host
-(`PlanTensors.gradient_offsets` and `gradient_sources`: for every row, where its gradients lie), so they are one pass, take
-no atomics and come out the same bit for bit every time. On a GPU each function is one fused kernel (`rows_triton.py`).
+A row can serve as a key several times: in its own piece, in waiting pieces of this rank, on other ranks. So
+gathering copies a row to several places, and its adjoint sums what comes back from them. The sums follow a
+list made on the host (`PlanTensors.gradient_offsets` and `gradient_sources`: for every row, where its
+gradients lie), so they are one pass, take no atomics and come out the same bit for bit every time. On a GPU
+each function is one fused kernel (`rows_triton.py`).
 
 Legend: T rows of this rank, R received rows, K gathered keys, S sent rows, G key/value heads, H head dim.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -37,7 +41,9 @@ def gather_keys(
 
 
 def sum_received(dkeys_KGH: Tensor, dvalues_KGH: Tensor, plan: PlanTensors) -> Tensor:
-    """Gradients [R, 2, G, H] of the received rows: the sum over the places they were gathered to, in fp32 at least."""
+    """Gradients [R, 2, G, H] of the received rows: the sum over the places they were gathered to, in fp32 at
+    least.
+    """
     tokens = plan.gradient_offsets.numel() - 1 - plan.received_tokens
     offsets = plan.gradient_offsets[tokens:]
     if dkeys_KGH.is_cuda:
@@ -54,10 +60,11 @@ def add_home(
     arrived_S2GH: Tensor,
     plan: PlanTensors,
 ) -> None:
-    """Completes this rank's gradients in place: rows below `plan.local_tokens` hold the local pieces' share already.
+    """Completes this rank's gradients in place: rows below `plan.local_tokens` hold the local pieces' share
+    already.
 
-    Adds to each row what the waiting pieces (`dkeys`, `dvalues`) and the other ranks (`arrived`, in `send_index`'s order)
-    computed for it. Sums in fp32 at least.
+    Adds to each row what the waiting pieces (`dkeys`, `dvalues`) and the other ranks (`arrived`, in
+    `send_index`'s order) computed for it. Sums in fp32 at least.
     """
     offsets = plan.gradient_offsets[: dk_TGH.shape[0] + 1]
     if dk_TGH.is_cuda:
@@ -79,7 +86,7 @@ def _sum_segments(values: Tensor, offsets: Tensor, sources: Tensor) -> Tensor:
     return total.index_add_(0, rows, values.index_select(0, sources[offsets[0] : offsets[-1]]).to(wide))
 
 
-def _triton():  # type: ignore[no-untyped-def]
+def _triton() -> Any:
     from anchor_megatron.attention import rows_triton  # Triton is there only where a GPU is
 
     return rows_triton

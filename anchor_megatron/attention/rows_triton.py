@@ -1,6 +1,8 @@
-"""The row movements of `rows.py` as Triton kernels: one program a row and tensor, each byte read and written once.
+"""The row movements of `rows.py` as Triton kernels: one program a row and tensor, each byte read and written
+once.
 
-Legend: T rows of this rank, R received rows, K gathered keys, S sent rows, G key/value heads, H head dim; E = G * H elements.
+Legend: T rows of this rank, R received rows, K gathered keys, S sent rows, G key/value heads, H head dim; E =
+G * H elements.
 """
 
 from __future__ import annotations
@@ -38,7 +40,9 @@ def _sum(
     dkeys, dvalues, arrived, offsets, sources, out_k, out_v, gathered, begun, out_row,
     E: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """out[row] = (out[row] where row < begun) + the sum of the row's sources, below `gathered` dkeys, then arrived."""
+    """out[row] = (out[row] where row < begun) + the sum of the row's sources, below `gathered` dkeys, then
+    arrived.
+    """
     row, which = tl.program_id(0).to(tl.int64), tl.program_id(1)
     first, last = tl.load(offsets + row), tl.load(offsets + row + 1)
     if (row >= begun) | (last > first):
@@ -103,8 +107,8 @@ def _launch_gather(
     assert k.stride(2) == v.stride(2) == 1, "heads must be contiguous"
     if rows:
         _gather[(rows, 2)](
-            k, v, received, index, out_k, out_v, k.shape[0], k.stride(0), k.stride(1), v.stride(0), v.stride(1),
-            out_k.stride(0), H=k.shape[2], E=elements, BLOCK=triton.next_power_of_2(elements),
+            k, v, received, index, out_k, out_v, k.shape[0], k.stride(0), k.stride(1),
+            v.stride(0), v.stride(1), out_k.stride(0), H=k.shape[2], E=elements, BLOCK=triton.next_power_of_2(elements),
         )  # fmt: skip
 
 

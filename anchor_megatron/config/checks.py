@@ -77,6 +77,8 @@ def _check_model(config: Config) -> None:
     _divides(config, "model.num_layers", "parallel.pipeline")
     if model.num_experts is not None:
         _divides(config, "model.num_experts", "parallel.expert")
+        if parallel.tensor > 1 and not parallel.sequence:  # Megatron-Core's routers ask for it
+            raise ValueError("parallel.sequence: got false, expected true for experts with tensor > 1")
     elif parallel.expert > 1:
         raise ValueError(f"parallel.expert: got {parallel.expert} for a model without experts, expected 1")
 

@@ -44,8 +44,10 @@ def written_aside(final: Path, *, say: Callable[[str], None]) -> Iterator[Path]:
         yield aside
         (aside / _MARK).unlink()
         os.replace(aside, final)
-    except BaseException:
+    except BaseException as error:
         shutil.rmtree(aside, ignore_errors=True)
+        if isinstance(error, OSError) and error.filename is None:
+            error.filename = str(aside)  # a write to an open file does not say which
         raise
 
 
@@ -54,5 +56,5 @@ def check_room(folder: Path, needed: int) -> None:
     free = shutil.disk_usage(folder).free
     if free < needed:
         raise ValueError(
-            f"{folder}: got {free / 1e9:.2f} GB free on its disk, expected {needed / 1e9:.2f} GB"
+            f"{folder}: got {free / 1e6:.1f} MB free on its disk, expected {needed / 1e6:.1f} MB"
         )

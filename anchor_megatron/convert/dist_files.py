@@ -5,10 +5,10 @@ The format is torch.distributed.checkpoint's: `__0_0.distcp`, ... are torch.save
 another; `.metadata` says for each key its whole shape and which box of it lies where. A key of two layers cut
 into three pieces:
 
-    decoder.layers.mlp.linear_fc2.weight  size (2, 8, 4)   at (0, 0, 0) size (1, 8, 4)   file __0_0.distcp,
-    byte 0
-                                                           at (1, 0, 0) size (1, 5, 4)   ...
-                                                           at (1, 5, 0) size (1, 3, 4)
+    decoder.layers.mlp.linear_fc2.weight, size (2, 8, 4)
+        at (0, 0, 0)  size (1, 8, 4)   file __0_0.distcp from byte 0
+        at (1, 0, 0)  size (1, 5, 4)   ...
+        at (1, 5, 0)  size (1, 3, 4)
 
 Any cutting can be loaded at any parallel layout: a reader takes the parts of the pieces that its own box
 meets. Values are neither loaded nor saved here: pieces are laid out around them and the caller copies rows

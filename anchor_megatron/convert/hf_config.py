@@ -126,7 +126,9 @@ def write_hf_config(
     """
     if source is not None:
         _check_same_model(model, read_model(source))
-        hf = {name: value for name, value in source.items() if name not in ROPE_FIELDS | {"auto_map"}}
+        aliases = family_of(source).aliases  # which only some versions of transformers read
+        hf = {aliases.get(name, name): value for name, value in source.items()}
+        hf = {name: value for name, value in hf.items() if name not in ROPE_FIELDS | {"auto_map"}}
     else:
         hf = _from_scratch(model) | token_ids
     hf["dtype" if "dtype" in hf else "torch_dtype"] = torch_dtype

@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 
 from anchor_megatron.config import ModelConfig
@@ -86,12 +87,14 @@ def _check_tensors(
             raise ValueError(
                 f"{name}: got shape {source.tensors[name].shape}, expected {shape} by config.json"
             )
+    dtypes: dict[str, torch.dtype] = {}
     for entry in model_entries:
-        dtypes = {source.tensors[run.name].dtype for run in entry.runs}
-        if len(dtypes) > 1:
-            raise ValueError(
-                f"{entry.runs[0].name}: got types {dtypes} in tensors that are kept as one, expected one"
-            )
+        for run in entry.runs:
+            got = source.tensors[run.name].dtype
+            if got != dtypes.setdefault(entry.key, got):
+                raise ValueError(
+                    f"{run.name}: got {got}, expected {dtypes[entry.key]} as in the tensors it is kept with"
+                )
     left_out = _unused(source, expected, model)
     if left_out:
         say(

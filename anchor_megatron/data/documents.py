@@ -119,7 +119,8 @@ class Documents:
         chosen, begins, ends = (np.atleast_1d(values) for values in (documents, starts, stops))
         counts = ends - begins
         firsts = np.cumsum(counts) - counts
-        places = np.repeat(self._starts[chosen] + begins - firsts, counts) + np.arange(counts.sum())
+        places = np.repeat(self._starts[chosen] + begins - firsts, counts)
+        places += np.arange(places.size)
         found = self._tokens[places].astype(np.int64)
         unsigned = found.view(np.uint64)  # in which a negative id is a large one
         if unsigned.size and unsigned.max() >= self._id_limit:

@@ -24,7 +24,7 @@ import numpy as np
 from anchor_megatron.data.documents import Documents
 from anchor_megatron.data.window import Window
 
-__all__ = ["WindowDataset"]
+__all__ = ["WindowDataset", "window_starts"]
 
 _BLOCK = 64  # windows whose starts are guessed at once; twice as many after each block that was right
 
@@ -89,7 +89,7 @@ class WindowDataset:
             shuffled = np.random.Generator(np.random.Philox(key=[self.seed, epoch])).permutation(lengths.size)
             order = shuffled[lengths[shuffled] > 0]
             borders = np.concatenate([[0], np.cumsum(lengths[order] + 1)])
-            made = _Epoch(order, borders, _window_starts(borders, self.seq_length))
+            made = _Epoch(order, borders, window_starts(borders, self.seq_length))
             self._epochs = {**{e: made_ for e, made_ in self._epochs.items() if e == epoch - 1}, epoch: made}
         return self._epochs[epoch]
 
@@ -135,7 +135,7 @@ class WindowDataset:
         return {**self.__dict__, "_epochs": {}}
 
 
-def _window_starts(borders: np.ndarray, seq_length: int) -> np.ndarray:
+def window_starts(borders: np.ndarray, seq_length: int) -> np.ndarray:
     """First slot of every window: int64 [windows]; see the file's opening.
 
     Strides of S-1 are guessed for a block of windows and hold up to the first that ends with a document. So

@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -29,13 +30,14 @@ from anchor_megatron.data.pool import encoded
 from anchor_megatron.data.records import Encoded, Encoder
 from anchor_megatron.data.tokenizer import (
     anchor_token_id,
-    batch_encoder,
     encoder_source,
     load_tokenizer,
     train_tokenizer,
 )
 
 __all__ = ["Job", "preprocess"]
+
+_WEIGHTS = ("*.safetensors", "*.bin", "*.pt", "*.pth", "*.gguf", "*.h5", "*.msgpack", "*.onnx", ".*")
 
 
 @dataclass(frozen=True)
@@ -47,8 +49,6 @@ class Job:
     """Prefix of the data set."""
     tokenizer: Path | None = None
     train_tokenizer: int | None = None
-    tokenizer_out: Path | None = None
-    """Folder that the tokenizer is copied to; PREFIX_tokenizer where None."""
     json_key: str = "text"
     suffixes: tuple[str, ...] = ()
     """Of the files taken from folders; all files where empty."""
@@ -59,9 +59,8 @@ class Job:
 
     @property
     def finals(self) -> dict[str, Path]:
-        """What the run writes: the tokenizer's folder and the data set's files, the summary last."""
-        files = {suffix: Path(f"{self.output}{suffix}") for suffix in (".bin", ".idx", ".json")}
-        return {"tokenizer": self.tokenizer_out or Path(f"{self.output}_tokenizer"), **files}
+        """What the run writes; the summary, without which a prefix is no data set, last."""
+        return {suffix: Path(f"{self.output}{suffix}") for suffix in ("_tokenizer", ".bin", ".idx", ".json")}
 
 
 def preprocess(job: Job) -> tuple[Summary, float]:
@@ -74,9 +73,9 @@ def preprocess(job: Job) -> tuple[Summary, float]:
     files = input_files(job.inputs, job.suffixes)
     job.output.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{job.output.name}.", dir=job.output.parent) as aside:
-        written = {name: Path(aside) / f"data{name}" for name in job.finals}
-        _provide_tokenizer(job, files, written["tokenizer"])
-        summary, seconds = _tokenise(job, files, written)
+        written = {suffix: Path(aside) / f"data{suffix}" for suffix in job.finals}
+        tokenizer = _provide_tokenizer(job, files, written["_tokenizer"])
+        summary, seconds = _tokenise(job, files, tokenizer, written)
         _move(written, job.finals)
     return summary, seconds
 
@@ -92,59 +91,49 @@ def _check(job: Job) -> None:
 
 
 def _move(written: dict[str, Path], finals: dict[str, Path]) -> None:
-    """Renames into place. A prefix without its summary is no data set: the old one goes first, the new one
-    comes last.
-    """
+    """Renames into place; an old summary goes first, so that no moment shows a mixture as a data set."""
     finals[".json"].unlink(missing_ok=True)
-    if finals["tokenizer"].exists():
-        shutil.rmtree(finals["tokenizer"])
-    finals["tokenizer"].parent.mkdir(parents=True, exist_ok=True)
-    shutil.move(written["tokenizer"], finals["tokenizer"])  # --tokenizer-out may be on another disk
-    for suffix in (".bin", ".idx", ".json"):
-        os.replace(written[suffix], finals[suffix])
+    if finals["_tokenizer"].exists():
+        shutil.rmtree(finals["_tokenizer"])
+    for suffix, path in finals.items():
+        os.replace(written[suffix], path)
 
 
-def _provide_tokenizer(job: Job, files: list[Path], folder: Path) -> None:
-    """The tokenizer's folder, copied or trained."""
+def _provide_tokenizer(job: Job, files: list[Path], folder: Path) -> Any:
+    """The tokenizer, and its files in `folder`: copied, without a model's weights beside them, or trained."""
     if job.train_tokenizer is not None:
         texts = (record.text(job.json_key) for record in records(files))
         train_tokenizer(texts, vocab_size=job.train_tokenizer, folder=folder)
-        return
+        return load_tokenizer(folder)
     assert job.tokenizer is not None, "a job names its tokenizer or has one trained"
-    load_tokenizer(job.tokenizer)
-    shutil.copytree(job.tokenizer, folder)
+    tokenizer = load_tokenizer(job.tokenizer)
+    shutil.copytree(job.tokenizer, folder, ignore=shutil.ignore_patterns(*_WEIGHTS))
+    return tokenizer
 
 
-def _tokenise(job: Job, files: list[Path], written: dict[str, Path]) -> tuple[Summary, float]:
-    tokenizer = load_tokenizer(written["tokenizer"])
+def _tokenise(job: Job, files: list[Path], tokenizer: Any, written: dict[str, Path]) -> tuple[Summary, float]:
     anchor = anchor_token_id(tokenizer, job.anchor_token)
     if job.append_eod and tokenizer.eos_token_id is None:
         raise ValueError(f"--append-eod: the tokenizer {job.tokenizer} has no EOS token")
-    make_encoder = partial(
-        _make_encoder,
-        encoder_source(tokenizer, written["tokenizer"]),
-        job.json_key,
-        np.dtype(DType.optimal_dtype(len(tokenizer))),
-        [int(tokenizer.eos_token_id)] if job.append_eod else [],
-    )
+    end = [int(tokenizer.eos_token_id)] if job.append_eod else []
+    vocab_size = max(tokenizer.get_vocab().values()) + 1  # more than len() where ids have gaps
+    dtype = np.dtype(DType.optimal_dtype(vocab_size))
+    source = encoder_source(tokenizer, written["_tokenizer"])
+    make_encoder = partial(Encoder.open, source, job.json_key, dtype, end)
     total_bytes = sum(path.stat().st_size for path in files)
     started = time.perf_counter()
     with tqdm(total=total_bytes, unit="B", unit_scale=True, desc="tokenising") as progress:
         found = encoded(make_encoder, batches(records(files)), workers=job.workers)
-        counts = _write(job, _shown(found, progress), written)
+        counts = _write(job, _shown(found, progress), written, dtype)
     summary = Summary(
         **counts,
-        vocab_size=len(tokenizer),
+        vocab_size=vocab_size,
         anchor_token=anchor,
-        tokenizer=os.path.relpath(job.finals["tokenizer"], job.output.parent),
+        tokenizer=job.finals["_tokenizer"].name,
         sources=[path.name for path in job.inputs],
     )
     summary.write(written[".json"])
     return summary, time.perf_counter() - started
-
-
-def _make_encoder(source: str | Path, json_key: str, dtype: np.dtype, end: list[int]) -> Encoder:
-    return Encoder(batch_encoder(source), json_key, dtype, end)
 
 
 def _shown(found: Iterator[Encoded], progress: tqdm) -> Iterator[Encoded]:
@@ -156,13 +145,12 @@ def _shown(found: Iterator[Encoded], progress: tqdm) -> Iterator[Encoded]:
         progress.update(batch.bytes_read)
 
 
-def _write(job: Job, found: Iterator[Encoded], written: dict[str, Path]) -> dict[str, int]:
+def _write(job: Job, found: Iterator[Encoded], written: dict[str, Path], dtype: np.dtype) -> dict[str, int]:
     """Writes .bin and .idx; the summary's counts. ValueError for an input file of no text."""
-    builder: IndexedDatasetBuilder | None = None
+    builder = IndexedDatasetBuilder(str(written[".bin"]), dtype=dtype.type)
     counts = dict.fromkeys(("documents", "tokens", "longest", "empty", "largest_token"), 0)
     silent = {str(path) for path in job.inputs if path.is_file()}
     for batch in found:
-        builder = builder or IndexedDatasetBuilder(str(written[".bin"]), dtype=batch.ids.dtype.type)
         lengths = batch.lengths[batch.lengths > 0]
         for document in np.split(batch.ids, np.cumsum(lengths)[:-1]) if lengths.size else ():
             builder.add_item(torch.from_numpy(document))
@@ -176,6 +164,5 @@ def _write(job: Job, found: Iterator[Encoded], written: dict[str, Path]) -> dict
     if silent or not counts["tokens"]:
         names = sorted(silent) or map(str, job.inputs)
         raise ValueError(f"{', '.join(names)}: holds no text, expected at least one document")
-    assert builder is not None, "tokens came in batches"
     builder.finalize(str(written[".idx"]))
     return counts

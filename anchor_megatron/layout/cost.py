@@ -28,13 +28,16 @@ class CostModel:
     exposed: float = 0.3  # share of the transfer that attention does not hide
     tile: int = 128  # query rows a kernel works on at once; a piece pays for whole tiles
 
-    def seconds(self, *, queries: np.ndarray, keys: np.ndarray, rank: np.ndarray, received: np.ndarray) -> float:
-        """Seconds of the slowest rank.
-
-        `queries`, `keys`, `rank` [P]: rows of each piece, keys its last one sees, who holds it; `received` [R]: rows
-        each rank receives.
+    def attention_seconds(
+        self, queries: np.ndarray, keys: np.ndarray, rank: np.ndarray, ranks: int
+    ) -> np.ndarray:
+        """Seconds float64 [ranks] of attention; `queries`, `keys`, `rank` int64 [P] are each piece's rows,
+        the keys that its last row sees, and who holds it.
         """
         rows = -(-queries // self.tile) * self.tile
         pairs = queries * (keys - queries) + queries * (queries + 1) / 2 + (rows - queries) * keys
-        attention = np.bincount(rank, weights=pairs, minlength=received.size) / self.pairs_per_second
-        return float((attention + self.exposed * received / self.rows_per_second).max())
+        return np.bincount(rank, weights=pairs, minlength=ranks) / self.pairs_per_second
+
+    def transfer_seconds(self, received: int) -> float:
+        """Seconds that receiving this many rows adds."""
+        return self.exposed * received / self.rows_per_second

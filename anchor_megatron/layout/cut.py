@@ -1,7 +1,8 @@
 """Cutting one document into shares for several ranks, by area, by tokens, and with little to receive.
 
-Token p of a document sees p + 1 keys, so a document of l tokens costs l (l + 1) / 2 pairs, most of them at its
-end. A share is a run of early tokens and a run of late ones, taken from what the shares before it have left:
+Token p of a document sees p + 1 keys, so a document of l tokens costs l (l + 1) / 2 pairs, most of them at
+its end. A share is a run of early tokens and a run of late ones, taken from what the shares before it have
+left:
 
     24 tokens, 300 pairs, two shares of 150
 
@@ -14,20 +15,23 @@ they cost little area and are rows it needs. A bound R on received rows says how
 have (its end minus R); its area then says how many of them are late ones, by a linear equation.
 
 Ranks fill the room that shares leave with small documents, so area is counted above their price: every token
-of a share saves its rank `price` pairs of filling (`price`: pairs a token of the small documents). The price of
-tokens 0..x is then x (x + 1) / 2 - price x.
+of a share saves its rank `price` pairs of filling (`price`: pairs a token of the small documents). Tokens
+0..x then cost x (x + 1) / 2 - price x.
 """
 
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
-__all__ = ["Share", "area_of", "cut_shares", "least_received", "peel"]
+__all__ = ["Share", "Takers", "area_of", "cut_shares", "least_received", "peel"]
 
 Share = tuple[int, int, int, int]  # early start, early stop, late start, late stop
 Runs = list[tuple[int, int]]
 
-_EVENNESS = (0.0, 0.25, 0.5, 0.75, 0.9, 1.0)
+# ways to cut, in the order in which they are tried: evenness, and how far outer shares fill up with early
+# tokens
+_WAYS = ((0.0, 0.0), (0.0, 0.5), (0.0, 1.0), (0.5, 0.0), (0.9, 0.0), (1.0, 0.0))
 
 
 def area_of(runs: Runs) -> int:
@@ -35,67 +39,111 @@ def area_of(runs: Runs) -> int:
     return sum(stop * (stop + 1) - start * (start + 1) for start, stop in runs) // 2
 
 
-def cut_shares(
-    length: int, caps: list[float], rooms: list[int], price: float, most_received: int, *, evenness: float
-) -> list[Share] | None:
-    """Shares of the ranks in turn, outermost first; None where the ranks cannot take them so.
+@dataclass
+class Takers:
+    """Ranks that are to share a document, those with most area to take first; lists of one entry a rank.
 
-    `caps` are the shares' areas above `price`; the last rank takes what is left. `rooms` are the most tokens
-    of each, `most_received` the most rows any of them may receive. `evenness` 0 lets token counts be what
-    area asks for, 1 gives every share tokens in proportion to its area (the zigzag, for equal caps).
+    caps      area, above the price, of its share; they add up to the document's
+    rooms     most tokens of its share
+    received  rows it receives for other documents
+    last      the taker that is to have what the others leave; None: whoever has room for it
+    """
+
+    caps: list[float]
+    rooms: list[int]
+    received: list[int]
+    last: int | None = None
+
+    def __post_init__(self) -> None:
+        everyone = range(len(self.caps))
+        self.outer = [taker for taker in everyone if taker != self.last]
+        self.inner = sorted(self.outer, key=lambda taker: -self.caps[taker] / max(1, self.rooms[taker]))
+
+
+def cut_shares(
+    length: int, takers: Takers, price: float, most_received: int, *, evenness: float, filled: float
+) -> list[Share] | None:
+    """The share of each taker; None where they cannot take the document so.
+
+    `most_received` is how many rows any of them may receive in all. From the end inwards the rank with most
+    area to take goes first as long as only early tokens keep it below that; then those with least room for
+    their area do, for the later a token, the fewer make up an area. The last one takes what is left.
+    `evenness` 0 lets token counts be what area asks for, 1 gives every share tokens in proportion to its
+    area (the zigzag, for equal caps). `filled` lets the outermost share have early tokens for that part of
+    the room it has left, and those after it as many rows to receive: what is left at the start, where area
+    takes most tokens, then needs less room.
     """
     first, last = 0, length
-    slope = price - 0.5
-    total = _priced(length, price)
-    shares: list[Share] = []
-    for cap, room in zip(caps[:-1], rooms[:-1], strict=True):
-        tokens = max(round(evenness * length * cap / total), last - most_received)
-        at_end = _priced(last, price)
-        square = slope * slope + 2 * (at_end - cap)
-        late = round(last - slope - math.sqrt(square)) if square > 0 else last - first
-        early = 0
+    slope, in_proportion = price - 0.5, evenness * length / _priced(length, price)
+    at_start, at_end = 0.0, _priced(length, price)
+    most_room = max(takers.rooms)
+    more = round(filled * max(0, most_room - max(0, length - most_received)))
+    shares: list[Share | None] = [None] * len(takers.caps)
+    next_outer = next_inner = 0
+    for _ in range(len(shares) - 1):
+        while shares[takers.outer[next_outer]]:
+            next_outer += 1
+        while shares[takers.inner[next_inner]]:
+            next_inner += 1
+        for taker in (takers.inner[next_inner], takers.outer[next_outer]):
+            cap = takers.caps[taker]
+            square = slope * slope + 2 * (at_end - cap)
+            late = round(last - slope - math.sqrt(square)) if square > 0 else last - first
+            wanted = round(in_proportion * cap)
+            tokens = last - most_received + takers.received[taker]
+            if tokens <= late or tokens <= wanted:
+                break
+        if more and takers.rooms[taker] == most_room:
+            wanted = max(wanted, min(most_room, last - most_received + more))
+        tokens, early = max(tokens, wanted), 0
         if late < tokens:
-            inner = first + tokens - last
-            if inner >= 0:
+            gap = first + tokens - last
+            if gap >= 0:
                 return None
-            late = round((first + tokens + last + 1) / 2 - price - (cap - at_end + _priced(first, price)) / inner)
+            late = round((first + tokens + last + 1) / 2 - price - (cap - at_end + at_start) / gap)
             early = tokens - late
-            if early < 0 or late < 0:
-                return None
-        if first + early > last - late or early + late > room:
+        if min(early, late) < 0 or first + early > last - late or early + late > takers.rooms[taker]:
             return None
-        shares.append((first, first + early, last - late, last))
+        shares[taker] = (first, first + early, last - late, last)
         first, last = first + early, last - late
-    if last - first > rooms[-1] or first > most_received:
+        at_start, at_end = _priced(first, price), _priced(last, price)
+    taker = shares.index(None)
+    if last - first > takers.rooms[taker] or first + takers.received[taker] > most_received:
         return None
-    shares.append((last, last, first, last))
-    return shares
+    shares[taker] = (last, last, first, last)
+    return [share for share in shares if share]
 
 
 def least_received(
-    length: int, caps: list[float], rooms: list[int], price: float, at_least: int
+    length: int, takers: Takers, price: float, at_least: int
 ) -> tuple[int, list[Share]] | None:
-    """The smallest bound on received rows, from `at_least` on and to 1/256 of the length, that the ranks can
+    """The smallest bound on received rows, from `at_least` on and to 1/128 of the length, that the ranks can
     keep, and the shares that keep it; token counts as uneven as rooms allow. None where none does.
     """
-    shares = cut_shares(length, caps, rooms, price, at_least, evenness=0.0)
+    shares = _cut_somehow(length, takers, price, at_least)
     if shares is not None:
         return at_least, shares
-    for evenness in _EVENNESS:
-        shares = cut_shares(length, caps, rooms, price, length, evenness=evenness)
-        if shares is not None:
-            break
-    else:
+    low, high = at_least, at_least + length + max(takers.received)
+    shares = _cut_somehow(length, takers, price, high)
+    if shares is None:
         return None
-    low, high = min(at_least, length), length
-    while high - low > max(1, length // 256):
+    while high - low > max(1, length // 128):
         middle = (low + high) // 2
-        tried = cut_shares(length, caps, rooms, price, middle, evenness=evenness)
+        tried = _cut_somehow(length, takers, price, middle)
         if tried is None:
             low = middle
         else:
             high, shares = middle, tried
     return high, shares
+
+
+def _cut_somehow(length: int, takers: Takers, price: float, most_received: int) -> list[Share] | None:
+    """The least even shares that the ranks can take."""
+    for evenness, filled in _WAYS:
+        shares = cut_shares(length, takers, price, most_received, evenness=evenness, filled=filled)
+        if shares is not None:
+            return shares
+    return None
 
 
 def peel(runs: Runs, tokens: int, area: float) -> tuple[Runs, Runs]:

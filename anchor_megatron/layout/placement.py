@@ -6,9 +6,10 @@
     zigzag       rank 0: 0-4, 12-16    rank 1: 4-5, 5-8, 8-12
     contiguous   rank 0: 0-5, 5-8      rank 1: 8-16
 
-`zigzag` and `contiguous` cut the window without looking at its documents. `document` keeps a document whole
-on one rank where the rank's share of the attention area allows it and splits the large ones, zigzag, over
-just enough ranks; small documents then fill every rank to its last token.
+`zigzag` and `contiguous` cut the window without looking at its documents. `document` (`layout/solver.py`)
+keeps a document whole on one rank where the rank's share of the attention area allows it and cuts the large
+ones into shares of level area for just enough ranks, with as few rows to receive as it can; small documents
+then fill every rank to its last token.
 """
 
 from __future__ import annotations
@@ -43,13 +44,13 @@ def place(
     *,
     context_parallel_size: int,
     window_length: int,
-    costs: CostModel = CostModel(),  # noqa: B008 (frozen)
+    costs: CostModel = CostModel(),  # noqa: B008
 ) -> Placement:
     """Places the tokens of attention spans `cu_seqlens` int64 [D+1] on the ranks.
 
     `zigzag` and `contiguous` cut each window of `window_length` tokens alike, `document` places all windows
-    together, as cheap as `costs` say it finds them. ValueError for an unknown kind, or where the ranks do not divide the
-    tokens they share.
+    together, at the least seconds it finds by `costs`. ValueError for an unknown kind, or where the ranks
+    do not divide the tokens they share.
     """
     if kind not in PLACEMENTS:
         raise ValueError(f"placement: got {kind!r}, expected one of {', '.join(PLACEMENTS)}")

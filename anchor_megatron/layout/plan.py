@@ -60,37 +60,34 @@ def make_plans(placement: Placement) -> list[Plan]:
 def make_plan(placement: Placement, rank: int) -> Plan:
     """The plan of `rank`. A function of the placement alone, so that all ranks' plans fit together."""
     mine = np.flatnonzero(placement.rank == rank)
-    first = placement.cu_seqlens[placement.document]
+    first, lengths = placement.cu_seqlens[placement.document], placement.stop - placement.start
     is_local = placement.start[mine] == first[mine]
     local, waiting = mine[is_local], mine[~is_local]
-    rows = np.concatenate([local, waiting])
-    token_index = _ranges(placement.start[rows], placement.stop[rows])
-    local_lengths = placement.stop[local] - placement.start[local]
-    q_lengths = placement.stop[waiting] - placement.start[waiting]
-    k_lengths = placement.stop[waiting] - first[waiting]
-    row_of = np.full(int(placement.cu_seqlens[-1]), -1, dtype=np.int64)
-    row_of[token_index] = np.arange(token_index.size)
-    needed = _needed(placement, waiting)
-    received = needed[placement.rank[needed] != rank]
-    source = placement.rank[received]
-    order = np.argsort(source, kind="stable")
-    received, counts = received[order], np.bincount(source, minlength=placement.context_parallel_size)
-    arrived = _ranges(placement.start[received], placement.stop[received])
-    row_of[arrived] = token_index.size + np.arange(arrived.size)
-    weights = placement.stop[received] - placement.start[received]
-    recv_counts = np.bincount(source[order], weights=weights, minlength=counts.size).astype(int)
+    own = np.concatenate([local, waiting])
+    received = _needed(placement, waiting)
+    received = received[placement.rank[received] != rank]
+    received = received[np.argsort(placement.rank[received], kind="stable")]
+    row_of = np.full(placement.rank.size, -1, dtype=np.int64)  # the first row of every piece that is at hand
+    at_hand = np.concatenate([own, received])
+    row_of[at_hand] = np.cumsum(lengths[at_hand]) - lengths[at_hand]
+    # a waiting piece's keys are its document's pieces up to itself
+    keys = _ranges(np.searchsorted(placement.document, placement.document[waiting]), waiting + 1)
     send_index, send_counts = _sends(placement, rank, row_of)
+    recv_counts = np.bincount(
+        placement.rank[received], weights=lengths[received], minlength=placement.context_parallel_size
+    )
+    q_lengths, k_lengths = lengths[waiting], placement.stop[waiting] - first[waiting]
     return Plan(
-        token_index=token_index,
-        local_tokens=int(local_lengths.sum()),
-        cu_seqlens_local=_borders(local_lengths),
+        token_index=_ranges(placement.start[own], placement.stop[own]),
+        local_tokens=int(lengths[local].sum()),
+        cu_seqlens_local=_borders(lengths[local]),
         cu_seqlens_q=_borders(q_lengths),
         cu_seqlens_k=_borders(k_lengths),
-        key_index=row_of[_ranges(first[waiting], placement.stop[waiting])].astype(np.int32),
+        key_index=_ranges(row_of[keys], row_of[keys] + lengths[keys]).astype(np.int32),
         send_index=send_index,
         send_counts=send_counts,
-        recv_counts=tuple(recv_counts.tolist()),
-        max_seqlen_local=int(local_lengths.max(initial=0)),
+        recv_counts=tuple(recv_counts.astype(int).tolist()),
+        max_seqlen_local=int(lengths[local].max(initial=0)),
         max_seqlen_q=int(q_lengths.max(initial=0)),
         max_seqlen_k=int(k_lengths.max(initial=0)),
         area=int(piece_areas(placement)[mine].sum()),
@@ -122,7 +119,7 @@ def _sends(placement: Placement, rank: int, row_of: np.ndarray) -> tuple[np.ndar
     sent = mine[which]
     lengths = placement.stop[sent] - placement.start[sent]
     counts = np.bincount(destination, weights=lengths, minlength=ranks).astype(int)
-    rows = row_of[_ranges(placement.start[sent], placement.stop[sent])]
+    rows = _ranges(row_of[sent], row_of[sent] + lengths)
     return rows.astype(np.int32), tuple(counts.tolist())
 
 

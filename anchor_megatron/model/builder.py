@@ -144,7 +144,7 @@ def _experts(config: Config) -> dict[str, Any]:
 
 
 def _block_spec(config: Config, megatron: TransformerConfig) -> Any:
-    """Megatron-Core's layer spec (TransformerEngine's where it is installed) with our core attention in it."""
+    """Megatron-Core's layer spec (TransformerEngine's where installed) with our core attention in it."""
     options = dict(num_experts=config.model.num_experts, qk_layernorm=config.model.qk_layernorm)
     kernel = choose_kernel(
         config.attention.kernel, device=_device(), dtype=megatron.params_dtype, head_dim=_head_dim(config)

@@ -1,9 +1,10 @@
 """Megatron-Core's GPTModel with rotary angles from explicit positions and a loss that never holds all logits.
 
-GPTModel gives its rotary module a sequence length and lets it count; under context parallelism it also assumes zigzag
-shards. Here positions are data: `position_ids` [1, T] goes in, and an override of `_preprocess` puts the angles where the
-rotary module's would have been, on every pipeline stage. An override of `_postprocess` takes the loss from the hidden
-states (see `loss.py`) where labels are given; without labels the logits come out as ever.
+GPTModel gives its rotary module a sequence length and lets it count; under context parallelism it also
+assumes zigzag shards. Here positions are data: `position_ids` [1, T] goes in, and an override of
+`_preprocess` puts the angles where the rotary module's would have been, on every pipeline stage. An override
+of `_postprocess` takes the loss from the hidden states (see `loss.py`) where labels are given; without labels
+the logits come out as ever.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.tensor_parallel import (
     copy_to_tensor_model_parallel_region,
     gather_from_sequence_parallel_region,
+    scatter_to_sequence_parallel_region,
 )
 from torch import Tensor
 
@@ -22,11 +24,12 @@ from anchor_megatron.model.rotary import RotaryAngles
 
 __all__ = ["AnchorGPT"]
 
-_ROTARY_SLOT = 1  # of the tuple that GPTModel._preprocess returns
+_ROTARY_SLOT, _PADDING_SLOT = 1, 5  # of the tuple that GPTModel._preprocess returns
 
 
 class AnchorGPT(GPTModel):
-    """A GPTModel whose `position_ids` are honoured; with `labels` and `loss_mask` [1, T] it returns the summed loss.
+    """A GPTModel whose `position_ids` are honoured; with `labels` and `loss_mask` [1, T] it returns the
+    summed loss.
 
     `vocab_size` is the padded one, `real_vocab_size` the tokenizer's: entries between take no probability.
     """
@@ -41,6 +44,11 @@ class AnchorGPT(GPTModel):
     ) -> tuple[Any, ...]:
         found = list(super()._preprocess(input_ids, position_ids, *args, **kwargs))
         found[_ROTARY_SLOT] = self.rotary_angles(position_ids[0])
+        padding_mask = found[_PADDING_SLOT]
+        # the first stage has sharded it; Megatron-Core 0.16.1 forgets the others
+        if padding_mask is not None and self.config.sequence_parallel and not self.pre_process:
+            whole = padding_mask.t().contiguous()
+            found[_PADDING_SLOT] = scatter_to_sequence_parallel_region(whole, group=self.pg_collection.tp).t()
         return tuple(found)
 
     def _postprocess(

@@ -1,14 +1,17 @@
-"""The output layer and the cross entropy in one, a chunk of tokens at a time, over a vocabulary split among ranks.
+"""The output layer and the cross entropy in one, a chunk of tokens at a time, over a vocabulary split among
+ranks.
 
-The logits of 65,536 tokens over 128,256 entries fill 34 GB in fp32. Here only a chunk's exist at a time: its logits, its
-loss and at once its gradients, with which the chunk's share of the hidden states' and of the weight's gradient is
-computed. Nothing is recomputed: three matrix products a chunk, as without chunks.
+The logits of 65,536 tokens over 128,256 entries fill 34 GB in fp32. Here only a chunk's exist at a time: its
+logits, its loss and at once its gradients, with which the chunk's share of the hidden states' and of the
+weight's gradient is computed. Nothing is recomputed: three matrix products a chunk, as without chunks.
 
-    logits = hidden W^T      loss = log sum exp(logits) - logits[label]      dlogits = (softmax(logits) - onehot) * mask
+    logits = hidden W^T      loss = log sum exp(logits) - logits[label]
+    dlogits = (softmax(logits) - onehot) * mask
     dhidden = dlogits W      dW = dlogits^T hidden, summed over the chunks in fp32
 
-The summed loss is a scalar, so its incoming gradient is one factor, applied in backward. (The idea of taking the gradients in
-the forward pass is Liger Kernel's, arXiv 2410.10989; this one works under tensor parallelism and keeps fp32 sums.)
+The summed loss is a scalar, so its incoming gradient is one factor, applied in backward. (The idea of taking
+the gradients in the forward pass is Liger Kernel's, arXiv 2410.10989; this one works under tensor parallelism
+and keeps fp32 sums.)
 
 Legend: T tokens, D hidden size, V vocabulary entries of this tensor-parallel rank, C tokens of a chunk.
 """
@@ -23,8 +26,8 @@ from torch import Tensor
 
 __all__ = ["summed_cross_entropy"]
 
-# logits of a chunk, elements: 2 GiB in bf16; every chunk reads and writes the weight's fp32 gradient once
-_CHUNK_LOGITS = 1 << 30
+# logits of a chunk, elements: 4 GiB in bf16; every chunk reads and writes the weight's fp32 gradient once
+_CHUNK_LOGITS = 1 << 31
 
 
 def summed_cross_entropy(
@@ -36,11 +39,12 @@ def summed_cross_entropy(
     vocab_size: int,
     group: dist.ProcessGroup,
 ) -> Tensor:
-    """Sum over tokens of loss_mask * cross entropy, fp32 scalar, equal on all ranks of the tensor-parallel `group`.
+    """Sum over tokens of loss_mask * cross entropy, fp32 scalar, equal on all ranks of the tensor-parallel
+    `group`.
 
-    `labels_T` int64 are entries of the whole vocabulary, of which rank r of `group` holds rows [r V, (r+1) V);
-    entries from `vocab_size` on are padding and take no probability. The hidden states' gradient is this rank's
-    share: the caller sums it over `group`.
+    `labels_T` int64 are entries of the whole vocabulary, of which rank r of `group` holds rows [r V, (r+1)
+    V); entries from `vocab_size` on are padding and take no probability. The hidden states' gradient is this
+    rank's share: the caller sums it over `group`.
     """
     return _SummedCrossEntropy.apply(hidden_TD, weight_VD, labels_T, loss_mask_T, vocab_size, group)
 
@@ -70,11 +74,11 @@ class _SummedCrossEntropy(torch.autograd.Function):
             own_labels, mask = labels[chunk] - first, loss_mask[chunk]
             loss, normaliser = _losses(logits, own_labels, group)
             total += (loss * mask).sum()
-            if differentiate:
+            if dhidden is not None and dweight is not None:
                 dlogits = _gradient(logits, own_labels, normaliser, mask)
                 torch.mm(dlogits, weight, out=dhidden[chunk])
                 _add_product(dweight, dlogits.t(), hidden[chunk])
-        if differentiate:
+        if dhidden is not None and dweight is not None:
             ctx.save_for_backward(dhidden, dweight.to(weight.dtype))
         return total
 
@@ -86,7 +90,8 @@ class _SummedCrossEntropy(torch.autograd.Function):
 
 
 def _losses(logits_CV: Tensor, labels_C: Tensor, group: dist.ProcessGroup) -> tuple[Tensor, Tensor]:
-    """(cross entropy, log of the softmax's denominator) fp32 [C], over the vocabulary of all ranks of `group`.
+    """(cross entropy, log of the softmax's denominator) fp32 [C], over the vocabulary of all ranks of
+    `group`.
 
     `labels_C` count from this rank's first entry; those that other ranks hold lie outside [0, V).
     """
@@ -103,7 +108,9 @@ def _losses(logits_CV: Tensor, labels_C: Tensor, group: dist.ProcessGroup) -> tu
 
 
 def _statistics(logits_CV: Tensor, labels_C: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Largest logit, sum of exp(logit - largest), and the label's logit (0 where another rank holds it), fp32 [C]."""
+    """Largest logit, sum of exp(logit - largest), and the label's logit (0 where another rank holds it), fp32
+    [C].
+    """
     if logits_CV.is_cuda:
         from anchor_megatron.model import loss_triton
 

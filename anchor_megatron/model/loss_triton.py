@@ -1,4 +1,5 @@
-"""The cross entropy's two passes over a chunk of logits as Triton kernels: statistics (a read), gradient (a read, a write).
+"""The cross entropy's two passes over a chunk of logits as Triton kernels: statistics (a read), gradient (a
+read, a write).
 
 Legend: C tokens of a chunk, V vocabulary entries of this rank.
 """
@@ -49,17 +50,19 @@ def _gradient(logits, labels, normaliser, loss_mask, V, row_stride, BLOCK: tl.co
 
 
 def statistics(logits_CV: Tensor, labels_C: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Largest logit, sum of exp(logit - largest), and the label's logit (0 where it lies outside [0, V)), fp32 [C]."""
+    """Largest logit, sum of exp(logit - largest), and the label's logit (0 where it lies outside [0, V)),
+    fp32 [C].
+    """
     largest, denominator, chosen = torch.empty((3, logits_CV.shape[0]), device=logits_CV.device).unbind()
     _statistics[(logits_CV.shape[0],)](
-        logits_CV, labels_C, largest, denominator, chosen, logits_CV.shape[1], logits_CV.stride(0), BLOCK=_BLOCK,
-        num_warps=8,
+        logits_CV, labels_C, largest, denominator, chosen, logits_CV.shape[1], logits_CV.stride(0),
+        BLOCK=_BLOCK, num_warps=8,
     )  # fmt: skip
     return largest, denominator, chosen
 
 
 def gradient_(logits_CV: Tensor, labels_C: Tensor, normaliser_C: Tensor, loss_mask_C: Tensor) -> Tensor:
-    """Turns `logits_CV` into the loss's gradient in place and returns it; other arguments fp32 or int64 [C]."""
+    """Turns `logits_CV` into the loss's gradient in place, and returns it; the others are [C]."""
     grid = (logits_CV.shape[0], triton.cdiv(logits_CV.shape[1], _BLOCK))
     _gradient[grid](
         logits_CV, labels_C, normaliser_C, loss_mask_C, logits_CV.shape[1], logits_CV.stride(0), BLOCK=_BLOCK,

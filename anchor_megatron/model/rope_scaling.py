@@ -160,7 +160,7 @@ def _pair_that_turns(rope: _Rope, rotations: float, length: float) -> float:
 
 
 def _attention_factor(rope: _Rope, factor: float) -> float:
-    """YaRN's temperature: given, or from the factor (arXiv 2309.00071, eq. 22), with DeepSeek's multipliers."""
+    """YaRN's temperature: given, or by the factor (arXiv 2309.00071, eq. 22), DeepSeek's multipliers."""
 
     def temperature(multiplier: float) -> float:
         return 0.1 * multiplier * math.log(factor) + 1.0 if factor > 1 else 1.0

@@ -1,7 +1,7 @@
 """Document lengths for benches: drawn from a table of how long real documents are, or made up.
 
-The table (`benchmarks/document_lengths.csv`) counts documents by ranges of tokens; inside a range lengths are drawn
-log-uniformly.
+The table (`benchmarks/document_lengths.csv`) counts documents by ranges of tokens; inside a range lengths are
+drawn log-uniformly.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ WORKLOADS = ("file", "uniform", "one", "short")
 def workload_lengths(workload: str, tokens: int, *, table: Path, seed: int = 0) -> np.ndarray:
     """Lengths int64, summing to `tokens`, of one of WORKLOADS.
 
-    file: drawn from `table`, cut at a quarter of the tokens; uniform: 4,096 each; one: a single document; short: drawn,
-    at most 2,048.
+    file: drawn from `table`, cut at a quarter of the tokens; uniform: 4,096 each; one: a single document;
+    short: drawn, at most 2,048.
     """
     if workload == "file":
         return draw_lengths(table, tokens=tokens, longest=tokens // 4, seed=seed)
@@ -34,7 +34,7 @@ def workload_lengths(workload: str, tokens: int, *, table: Path, seed: int = 0) 
 
 
 def draw_lengths(table: Path, *, tokens: int, longest: int, seed: int) -> np.ndarray:
-    """Lengths int64 of documents that fill `tokens`; longer ones are cut at `longest`, the last one where it is full."""
+    """Lengths int64 of documents that fill `tokens`, none beyond `longest`; the last is cut to fit."""
     with table.open() as file:
         rows = list(csv.DictReader(file))
     ranges = np.array([[float(bound) for bound in row["range"].strip("[]").split(",")] for row in rows])

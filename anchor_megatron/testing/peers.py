@@ -1,4 +1,4 @@
-"""Other implementations of attention to measure and test against, each as a function of packed q, k, v on a GPU.
+"""Other implementations of attention to measure and test against, each a function of packed q, k, v.
 
 Legend: T tokens, N query heads, G key/value heads, H head dim.
 """
@@ -65,8 +65,8 @@ def flex_anchor(lengths: np.ndarray) -> Attention:
     compiled = torch.compile(flex_attention, dynamic=False)
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        heads_first = (x.transpose(0, 1)[None] for x in (q, k, v))
-        return compiled(*heads_first, block_mask=mask, enable_gqa=True)[0].transpose(0, 1)
+        query, key, value = (x.transpose(0, 1)[None] for x in (q, k, v))
+        return compiled(query, key, value, block_mask=mask, enable_gqa=True)[0].transpose(0, 1)
 
     return attend
 
@@ -79,7 +79,7 @@ def transformer_engine_thd(lengths: np.ndarray, *, heads: int, groups: int, head
 def transformer_engine_thd_cp(
     lengths: np.ndarray, *, heads: int, groups: int, head_dim: int, group: dist.ProcessGroup
 ) -> tuple[Attention, Tensor]:
-    """TransformerEngine's context parallelism (p2p) over packed documents, and the padded tokens this rank holds.
+    """TransformerEngine's context parallelism (p2p) over packed documents, and this rank's padded tokens.
 
     Every document is padded to a multiple of twice the number of ranks, as its sharding asks.
     """

@@ -139,12 +139,12 @@ class _RankPool:
         answers: dict[int, Answer] = {}
         deadline = time.monotonic() + timeout
         while len(answers) < world_size:
-            waiting = {self.ranks[r].pipe: r for r in range(world_size) if r not in answers}
-            ready = connection.wait(list(waiting), max(0.0, deadline - time.monotonic()))
+            waiting = [rank for rank in range(world_size) if rank not in answers]
+            pipes = [self.ranks[rank].pipe for rank in waiting]
+            ready = connection.wait(pipes, max(0.0, deadline - time.monotonic()))
             if not ready:
                 break
-            for pipe in ready:
-                rank = waiting[pipe]  # type: ignore[index]
+            for rank in (rank for rank, pipe in zip(waiting, pipes, strict=True) if pipe in ready):
                 answers[rank] = self._receive(rank)
                 if not answers[rank].ok:
                     deadline = min(deadline, time.monotonic() + _GRACE_SECONDS)

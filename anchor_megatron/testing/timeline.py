@@ -1,4 +1,4 @@
-"""One step's timeline from torch's profiler: what ran on which stream when, as a picture, and where the host waited."""
+"""One step's timeline from torch's profiler: what ran on which stream when, and where the host waited."""
 
 from __future__ import annotations
 

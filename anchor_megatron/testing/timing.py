@@ -1,4 +1,4 @@
-"""Timing on a GPU: device events, warm-up, the median; and results as JSON with where and when they were measured."""
+"""Timing on a GPU: device events, warm-up, the median; and results as JSON with where and when."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def forward_backward_ms(
 
 def environment() -> dict[str, Any]:
     """Device, date and the versions that matter to a measurement."""
-    versions = {}
+    versions: dict[str, str | None] = {}
     for name in ("torch", "megatron-core", "transformer-engine", "flash-attn-4", "triton", "numpy"):
         try:
             versions[name] = importlib.metadata.version(name)

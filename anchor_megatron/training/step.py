@@ -50,7 +50,7 @@ __all__ = [
 
 @dataclass
 class Trainee:
-    """What a step changes. `gpt` is the bare model inside `model` (DistributedDataParallel, half precision)."""
+    """What a step changes. `gpt` is the bare model inside `model`, which wraps it for training."""
 
     model: DistributedDataParallel
     gpt: AnchorGPT

@@ -1,4 +1,4 @@
-"""GPU kernels and the fused row, loss and rotary passes against fp64, beside what the stock kernels manage."""
+"""GPU kernels and the fused row, loss and rotary passes against fp64, beside the stock kernels' error."""
 
 from __future__ import annotations
 
@@ -190,7 +190,7 @@ def test_summed_cross_entropy_equals_torchs(monkeypatch: pytest.MonkeyPatch) -> 
 
 @pytest.mark.parametrize("first", [0, 100_000, (1 << 20) - 512])
 def test_fused_rotary_is_as_exact_as_rounding_itself(first: int) -> None:
-    """TransformerEngine's fused kernel with our angles against fp64: within 1.001 of rounding the exact result once."""
+    """TransformerEngine's fused kernel with our angles: within 1.001 of rounding the exact result once."""
     rope = pytest.importorskip("transformer_engine.pytorch.attention.rope")
     positions = torch.arange(first, first + 512, device="cuda")
     frequencies = torch.from_numpy(5e5 ** -(np.arange(0, HEAD_DIM, 2) / HEAD_DIM))
