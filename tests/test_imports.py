@@ -10,7 +10,12 @@ ORDER = (
     "presets", "config", "cpu", "data", "layout", "attention", "model", "training", "convert", "testing"
 )  # fmt: skip
 PACKAGE_FILES = sorted((ROOT / "anchor_megatron").rglob("*.py"))
-SCRIPTS = sorted([*ROOT.glob("*.py"), *(ROOT / "tools").rglob("*.py"), *(ROOT / "examples").rglob("*.py")])
+SCRIPTS = sorted(
+    file
+    for folder in (ROOT, ROOT / "tools", ROOT / "examples")
+    for file in folder.glob("*.py")
+    if not file.name.startswith("bench_")  # benches measure what testing/ makes up
+)
 
 
 def imported_modules(source: str, package: str) -> set[str]:

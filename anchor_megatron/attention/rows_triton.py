@@ -108,7 +108,8 @@ def _launch_gather(
     if rows:
         _gather[(rows, 2)](
             k, v, received, index, out_k, out_v, k.shape[0], k.stride(0), k.stride(1),
-            v.stride(0), v.stride(1), out_k.stride(0), H=k.shape[2], E=elements, BLOCK=triton.next_power_of_2(elements),
+            v.stride(0), v.stride(1), out_k.stride(0),
+            H=k.shape[2], E=elements, BLOCK=triton.next_power_of_2(elements),
         )  # fmt: skip
 
 
