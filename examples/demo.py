@@ -1,8 +1,9 @@
 """The main job from end to end, in minutes, without a GPU: `make demo`.
 
 Trains a tokenizer on the Python standard library's sources, writes the data set, trains a small GPT with
-anchor attention on two context-parallel ranks, stops half way, resumes on one rank from the checkpoint, and
-draws the loss curve and the plan of one window. Everything lands in build/demo/.
+anchor attention on two context-parallel ranks, stops half way, resumes on one rank from the checkpoint, draws
+the loss curve and the plan of one window, and hands the model to transformers, which generates from it.
+Everything lands in build/demo/.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ def main() -> int:
     losses = read_losses()
     draw_losses(losses, BUILD / "loss.png")
     draw_plan(BUILD / "plan.png")
+    export_and_generate(BUILD / "huggingface")
     first, last = losses[0], sum(losses[-5:]) / 5
     print(
         f"loss {first:.3f} -> {last:.3f} in {STEPS} steps, {time.perf_counter() - started:.0f} s; see {BUILD}"
@@ -91,6 +93,19 @@ def draw_plan(path: Path) -> None:
     """Who holds what and who sends what to whom, in the first window of the data, as for four ranks."""
     run(sys.executable, "tools/show_plan.py", "--data", BUILD / "data" / "stdlib", "--seq-length", "2048",
         "--window", "0", "--cp", "4", "--plot", path)  # fmt: skip
+
+
+def export_and_generate(folder: Path) -> None:
+    """The trained model as a Hugging Face folder, and a few tokens that transformers generates with it."""
+    run(sys.executable, "tools/convert_checkpoint.py", "export", "--megatron", BUILD / "checkpoints",
+        "--out", folder)  # fmt: skip
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    prompt = tokenizer(f"{tokenizer.bos_token}import ", return_tensors="pt")["input_ids"]
+    generated = model.generate(prompt, max_new_tokens=24, do_sample=False)
+    print("transformers goes on:", repr(tokenizer.decode(generated[0])))
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
 Reads the weights of any training checkpoint (optimizer state stays behind) piece by piece and writes each
 piece's rows where they belong in the safetensors files. config.json comes from the imported source's own file
 where there is one, with what training changed; the tokenizer and the generation settings come along. They are
-looked for in the checkpoint, then in the checkpoint that the run started from (`checkpoint.pretrained` in its
+looked for in the checkpoint, and in the checkpoint that the run started from (`checkpoint.pretrained` in its
 config.yaml).
 """
 
@@ -54,7 +54,7 @@ def export_checkpoint(
     step = checkpoint_folder(megatron)
     model, longest = read_checkpoint_model(step)
     origins = [step, *_started_from(step)]
-    tokenizer = tokenizer or next((at / "tokenizer" for at in origins if (at / "tokenizer").is_dir()), None)
+    tokenizer = tokenizer or _find_tokenizer(origins)
     reader = DistReader(step)
     try:
         hf = _description(reader, model, longest, origins, tokenizer)
@@ -114,6 +114,12 @@ def _started_from(step: Path) -> list[Path]:
     if pretrained is None or not Path(pretrained).is_dir():
         return []
     return [checkpoint_folder(Path(pretrained))]
+
+
+def _find_tokenizer(origins: list[Path]) -> Path | None:
+    """The imported model's own tokenizer, else the one that training kept: the data set's."""
+    folders = [at / "tokenizer" for at in reversed(origins)]
+    return next((folder for folder in folders if folder.is_dir() and any(folder.iterdir())), None)
 
 
 def _token_ids(tokenizer: Path) -> dict[str, Any]:

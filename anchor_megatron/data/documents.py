@@ -21,7 +21,7 @@ import numpy as np
 from megatron.core.datasets.indexed_dataset import DType
 from numpy.typing import ArrayLike
 
-__all__ = ["Documents", "Summary"]
+__all__ = ["Documents", "Summary", "tokenizer_folder"]
 
 _HEADER = struct.Struct("<9sQBQQ")  # magic, version, dtype code, sequences, document borders
 _INTEGERS = {one.value for one in DType if np.issubdtype(DType.dtype_from_code(one.value), np.integer)}
@@ -60,6 +60,11 @@ class Summary:
         if expected != got:
             raise ValueError(f"{path}: got fields {sorted(got)}, expected {sorted(expected)}")
         return cls(**values)
+
+
+def tokenizer_folder(prefix: str | Path) -> Path:
+    """Where the tokenizer of the data set at `prefix` lies."""
+    return Path(prefix).parent / Summary.read(Path(f"{prefix}.json")).tokenizer
 
 
 class Documents:

@@ -236,6 +236,11 @@ class Attempt:
         ranks = ranks[: int(np.searchsorted(np.cumsum(self.room[ranks]), length)) + 1]
         tokens = self.room[ranks]
         tokens[-1] -= tokens.sum() - length
+        if area <= self.slack:  # whoever has which part makes no difference: as few pieces as can be
+            stops = np.cumsum(tokens)
+            for rank, start, stop in zip(ranks.tolist(), stops - tokens, stops.tolist(), strict=True):
+                self._give(document, [(int(start), stop)], rank)
+            return
         level = (lacking[ranks].sum() - area + price * length) / ranks.size
         self._peel(document, ranks, tokens, lacking[ranks] - level + price * tokens)
 

@@ -26,8 +26,8 @@ from torch import Tensor
 
 __all__ = ["summed_cross_entropy"]
 
-# logits of a chunk, elements: 4 GiB in bf16; every chunk reads and writes the weight's fp32 gradient once
-_CHUNK_LOGITS = 1 << 31
+# logits of a chunk, elements: 2 GiB in bf16; every chunk reads and writes the weight's fp32 gradient once
+_CHUNK_LOGITS = 1 << 30
 
 
 def summed_cross_entropy(

@@ -2,6 +2,7 @@
 
     <directory>/step_0000100/     Megatron-Core's dist_checkpointing files (model, optimizer)
                     config.yaml   the run's configuration
+                    tokenizer/    the data set's tokenizer, so that the model can leave with it
     <directory>/latest            the name of the newest complete one
 
 A checkpoint is written beside its final name and renamed when every rank is done: a folder called step_* is
@@ -19,6 +20,7 @@ import torch.distributed as dist
 from megatron.core import dist_checkpointing, parallel_state
 
 from anchor_megatron.config import Config, save_config
+from anchor_megatron.data.documents import tokenizer_folder
 from anchor_megatron.training.checkpoint_fit import check_fit
 from anchor_megatron.training.optimizer import create_optimizer_state
 from anchor_megatron.training.step import Trainee
@@ -41,6 +43,7 @@ def save_checkpoint(config: Config, trainee: Trainee, *, step: int) -> Path:
     dist.barrier()
     if dist.get_rank() == 0:
         save_config(config, aside / "config.yaml")
+        _copy_tokenizer(config, aside / "tokenizer")
         if final.exists():
             shutil.rmtree(final)
         aside.rename(final)
@@ -93,6 +96,13 @@ def latest_checkpoint(directory: Path) -> Path | None:
     if not (folder / "metadata.json").is_file():
         raise ValueError(f"{pointer}: names {folder.name}, expected a complete checkpoint's folder beside it")
     return folder
+
+
+def _copy_tokenizer(config: Config, folder: Path) -> None:
+    """The data set's tokenizer, where it still lies beside it."""
+    source = tokenizer_folder(config.data.train)
+    if source.is_dir():
+        shutil.copytree(source, folder)
 
 
 def _folder_name(step: int) -> str:
