@@ -15,6 +15,7 @@ import sys
 import sysconfig
 import time
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 
@@ -101,7 +102,7 @@ def export_and_generate(folder: Path) -> None:
         "--out", folder)  # fmt: skip
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    model = AutoModelForCausalLM.from_pretrained(folder)
+    model: Any = AutoModelForCausalLM.from_pretrained(folder)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     prompt = tokenizer(f"{tokenizer.bos_token}import ", return_tensors="pt")["input_ids"]
     generated = model.generate(prompt, max_new_tokens=24, do_sample=False)

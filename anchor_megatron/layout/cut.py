@@ -74,8 +74,7 @@ def cut_shares(
     takes most tokens, then needs less room.
     """
     first, last = 0, length
-    slope, in_proportion = price - 0.5, evenness * length / _priced(length, price)
-    at_start, at_end = 0.0, _priced(length, price)
+    in_proportion = evenness * length / _priced(length, price)
     most_room = max(takers.rooms)
     more = round(filled * max(0, most_room - max(0, length - most_received)))
     shares: list[Share | None] = [None] * len(takers.caps)
@@ -86,27 +85,23 @@ def cut_shares(
         while shares[takers.inner[next_inner]]:
             next_inner += 1
         for taker in (takers.inner[next_inner], takers.outer[next_outer]):
-            cap = takers.caps[taker]
-            square = slope * slope + 2 * (at_end - cap)
-            late = round(last - slope - math.sqrt(square)) if square > 0 else last - first
-            wanted = round(in_proportion * cap)
+            late = _late_alone(first, last, takers.caps[taker], price)
+            wanted = round(in_proportion * takers.caps[taker])
             tokens = last - most_received + takers.received[taker]
             if tokens <= late or tokens <= wanted:
                 break
         if more and takers.rooms[taker] == most_room:
             wanted = max(wanted, min(most_room, last - most_received + more))
-        tokens, early = max(tokens, wanted), 0
-        if late < tokens:
-            gap = first + tokens - last
-            if gap >= 0:
+        tokens = max(tokens, wanted, late)
+        if tokens > late:
+            if tokens >= last - first:
                 return None
-            late = round((first + tokens + last + 1) / 2 - price - (cap - at_end + at_start) / gap)
-            early = tokens - late
-        if min(early, late) < 0 or first + early > last - late or early + late > takers.rooms[taker]:
+            late = _late_of(first, last, tokens, takers.caps[taker], price)
+        early = tokens - late
+        if min(early, late) < 0 or first + early > last - late or tokens > takers.rooms[taker]:
             return None
         shares[taker] = (first, first + early, last - late, last)
         first, last = first + early, last - late
-        at_start, at_end = _priced(first, price), _priced(last, price)
     taker = shares.index(None)
     if last - first > takers.rooms[taker] or first + takers.received[taker] > most_received:
         return None
@@ -160,6 +155,21 @@ def peel(runs: Runs, tokens: int, area: float) -> tuple[Runs, Runs]:
     total = sum(stop - start for start, stop in runs)
     rest = _window(runs, 0, low) + _window(runs, low + tokens, total - low - tokens)
     return _window(runs, low, tokens), rest
+
+
+def _late_alone(first: int, last: int, cap: float, price: float) -> int:
+    """How many of the last of tokens [first, last) have an area of `cap` above the price; all, if less."""
+    slope = price - 0.5
+    square = slope * slope + 2 * (_priced(last, price) - cap)
+    return round(last - slope - math.sqrt(square)) if square > 0 else last - first
+
+
+def _late_of(first: int, last: int, tokens: int, cap: float, price: float) -> int:
+    """How many of `tokens` tokens to take from the end of [first, last), if the others come from its
+    start, for an area of `cap` above the price. The squares in it cancel.
+    """
+    given_up = cap - _priced(last, price) + _priced(first, price)
+    return round((first + tokens + last + 1) / 2 - price - given_up / (first + tokens - last))
 
 
 def _priced(tokens: int, price: float) -> float:

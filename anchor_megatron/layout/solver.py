@@ -1,8 +1,8 @@
 """Where documents go: equal tokens on every rank exactly, area level, few rows to receive, few pieces.
 
 `layout/attempt.py` places documents at one setting; here several are tried and the best is kept, by the
-seconds of its slowest rank (`layout/cost.py`). A first try within a hundredth of the least there can be is
-not improved upon. A window of a few long documents and nothing short to fill with may come out uneven;
+seconds of its slowest rank (`layout/cost.py`). A try that is level and receives little more than it must
+is not improved upon. A window of a few long documents and nothing short to fill with may come out uneven;
 then ways that cut more are tried too, and area goes before rows. Deterministic.
 
     documents of 12, 8, 6, 4 and 2 tokens on 2 ranks
@@ -30,7 +30,8 @@ _LAST_RESORTS = (
     Settings(slack=0.015, small=0.03, spread=True),
 )
 _LEVEL = 1.01  # attention time over the mean that is as good as none; kernels differ by as much
-_GOOD = 1.05  # a level try whose worst rank receives this much of the least it must is kept without another
+_GOOD = 1.2  # a level try whose worst rank receives this much of the least it must is kept without another
+_FEW = 4  # so few ranks are placed so quickly that more tries cost nothing
 _UNEVEN = 1.03  # largest area over the mean above which last resorts are tried
 
 
@@ -42,9 +43,10 @@ def split_documents(cu_seqlens: np.ndarray, ranks: int, costs: CostModel) -> tup
     if cu_seqlens.size == 2 or ranks == 1:
         return zigzag(int(cu_seqlens[-1]), ranks)
     lengths = np.diff(cu_seqlens)
-    tries = [_Try(lengths, ranks, settings, costs) for settings in _TRIED[:2]]
-    if not any(one.is_good for one in tries):
-        tries += [_Try(lengths, ranks, settings, costs) for settings in _TRIED[2:]]
+    tries = [_Try(lengths, ranks, _TRIED[0], costs)]
+    for settings in _TRIED[1:]:
+        if ranks <= _FEW or not any(one.is_good for one in tries):
+            tries.append(_Try(lengths, ranks, settings, costs))
     if min(one.unevenness for one in tries) > _UNEVEN:
         tries += [_Try(lengths, ranks, settings, costs) for settings in _LAST_RESORTS]
     best = min(tries, key=lambda one: (max(one.unevenness, _UNEVEN), one.seconds))
