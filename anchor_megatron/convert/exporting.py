@@ -220,9 +220,10 @@ def _write_companions(
     """Tokenizer and generation settings."""
     if tokenizer is None:
         say("no tokenizer: the checkpoint has none with it; --tokenizer DIR adds one")
-    for name in TOKENIZER_FILES if tokenizer is not None else ():
-        if (tokenizer / name).is_file():  # type: ignore[operator]
-            shutil.copyfile(tokenizer / name, folder / name)  # type: ignore[operator]
+    else:
+        for name in TOKENIZER_FILES:
+            if (tokenizer / name).is_file():
+                shutil.copyfile(tokenizer / name, folder / name)
     generation = next(
         (at / "generation_config.json" for at in origins if (at / "generation_config.json").exists()), None
     )

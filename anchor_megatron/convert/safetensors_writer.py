@@ -15,6 +15,7 @@ import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -84,7 +85,7 @@ class SafetensorsWriter:
             os.close(self._descriptors.pop())
 
     def _lay_out(self, path: Path, names: list[str]) -> None:
-        header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
         end = 0
         for name in names:
             info = self._tensors[name]
@@ -101,7 +102,7 @@ class SafetensorsWriter:
         os.write(descriptor, len(text).to_bytes(8, "little") + text)
         os.ftruncate(descriptor, 8 + len(text) + end)
         for name in names:
-            begin = header[name]["data_offsets"][0]  # type: ignore[index]
+            begin = header[name]["data_offsets"][0]
             self._places[name] = Place(descriptor, 8 + len(text) + begin)
 
 

@@ -31,11 +31,11 @@ from anchor_megatron.convert.rows import Rows
 from anchor_megatron.convert.safetensors_writer import SafetensorsWriter, TensorInfo
 from anchor_megatron.convert.sources import Source, open_source
 from anchor_megatron.data.window import Window
-from anchor_megatron.model.builder import build_model
+from anchor_megatron.model.builder import build_model, rank_device
 from anchor_megatron.model.core_attention import PlannedSeqParams
 from anchor_megatron.model.gpt import AnchorGPT
 from anchor_megatron.training.batch import plan_batch
-from anchor_megatron.training.setup import initialize_ranks, rank_device
+from anchor_megatron.training.setup import initialize_ranks
 
 __all__ = ["BOUND", "Verified", "verify"]
 

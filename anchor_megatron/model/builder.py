@@ -26,7 +26,7 @@ from anchor_megatron.model.gpt import AnchorGPT
 from anchor_megatron.model.norm import RMSNorm
 from anchor_megatron.model.rope_scaling import inverse_frequencies
 
-__all__ = ["build_model", "padded_vocab_size", "transformer_config"]
+__all__ = ["build_model", "padded_vocab_size", "rank_device", "transformer_config"]
 
 
 def build_model(config: Config) -> AnchorGPT:
@@ -57,7 +57,7 @@ def build_model(config: Config) -> AnchorGPT:
         inverse_frequencies=torch.from_numpy(frequencies),
         real_vocab_size=model.vocab_size,
     )
-    return gpt.to(_device())
+    return gpt.to(rank_device())
 
 
 def padded_vocab_size(config: Config) -> int:
@@ -73,7 +73,7 @@ def transformer_config(config: Config, *, attention_factor: float = 1.0) -> Tran
     """
     model, parallel, train = config.model, config.parallel, config.train
     dtype = torch.bfloat16 if train.precision == "bf16" else torch.float32
-    on_gpu = _device().type == "cuda"
+    on_gpu = rank_device().type == "cuda"
     head_dim = _head_dim(config)
     return TransformerConfig(
         num_layers=model.num_layers,
@@ -130,7 +130,7 @@ def _experts(config: Config) -> dict[str, Any]:
     if model.num_experts is None:
         return {}
     # Megatron-Core's all-to-all takes its sizes to the host from a GPU only
-    spread = config.parallel.expert > 1 and _device().type == "cuda"
+    spread = config.parallel.expert > 1 and rank_device().type == "cuda"
     return dict(
         num_moe_experts=model.num_experts,
         moe_ffn_hidden_size=model.ffn_hidden_size,
@@ -147,7 +147,7 @@ def _block_spec(config: Config, megatron: TransformerConfig) -> Any:
     """Megatron-Core's layer spec (TransformerEngine's where installed) with our core attention in it."""
     options = dict(num_experts=config.model.num_experts, qk_layernorm=config.model.qk_layernorm)
     kernel = choose_kernel(
-        config.attention.kernel, device=_device(), dtype=megatron.params_dtype, head_dim=_head_dim(config)
+        config.attention.kernel, device=rank_device(), dtype=megatron.params_dtype, head_dim=_head_dim(config)
     )
     core_attention = functools.partial(PlannedCoreAttention, kernel=kernel)
     if _has_transformer_engine():
@@ -175,7 +175,8 @@ def _has_transformer_engine() -> bool:
     return torch.cuda.is_available() and importlib.util.find_spec("transformer_engine") is not None
 
 
-def _device() -> torch.device:
+def rank_device() -> torch.device:
+    """This rank's GPU, or the CPU where there is none."""
     return (
         torch.device("cuda", torch.cuda.current_device())
         if torch.cuda.is_available()

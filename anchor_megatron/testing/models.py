@@ -9,8 +9,8 @@ import numpy as np
 
 from anchor_megatron.config import Config, ModelConfig, ParallelConfig, TrainConfig
 from anchor_megatron.data.window import Window
+from anchor_megatron.model.builder import rank_device
 from anchor_megatron.training.batch import Batch, plan_batch
-from anchor_megatron.training.setup import rank_device
 
 __all__ = ["ANCHOR", "batch_of", "random_window", "tiny_config"]
 

@@ -9,6 +9,7 @@ import torch.distributed as dist
 
 from anchor_megatron.config import Config
 from anchor_megatron.data.documents import Documents
+from anchor_megatron.model.builder import rank_device
 from anchor_megatron.training.checkpoint import (
     latest_checkpoint,
     load_checkpoint,
@@ -17,7 +18,7 @@ from anchor_megatron.training.checkpoint import (
 )
 from anchor_megatron.training.loader import batches, open_windows
 from anchor_megatron.training.report import Reporter
-from anchor_megatron.training.setup import initialize_ranks, rank_device
+from anchor_megatron.training.setup import initialize_ranks
 from anchor_megatron.training.step import Trainee, build_trainee, train_step
 
 __all__ = ["Run", "complete"]

@@ -16,8 +16,8 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 
 from anchor_megatron.config import Config
+from anchor_megatron.model.builder import rank_device
 from anchor_megatron.training.flops import peak_tflops, step_flops
-from anchor_megatron.training.setup import rank_device
 from anchor_megatron.training.step import StepResult
 
 __all__ = ["Reporter", "global_sums"]

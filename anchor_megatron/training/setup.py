@@ -10,17 +10,9 @@ import torch.distributed as dist
 from megatron.core import parallel_state, tensor_parallel
 
 from anchor_megatron.config import Config, data_parallel_size
+from anchor_megatron.model.builder import rank_device
 
-__all__ = ["initialize_ranks", "micro_batches_per_step", "rank_device"]
-
-
-def rank_device() -> torch.device:
-    """This rank's GPU, or the CPU where there is none."""
-    return (
-        torch.device("cuda", torch.cuda.current_device())
-        if torch.cuda.is_available()
-        else torch.device("cpu")
-    )
+__all__ = ["initialize_ranks", "micro_batches_per_step"]
 
 
 def initialize_ranks(config: Config) -> None:
@@ -29,11 +21,10 @@ def initialize_ranks(config: Config) -> None:
 
     ValueError where the number of ranks does not fit the configuration.
     """
-    if not dist.is_initialized():
-        world_size = int(os.environ.get("WORLD_SIZE", "1"))
-        data_parallel_size(config, world_size)
-        _join(config, world_size)
-    data_parallel_size(config, dist.get_world_size())
+    joined = dist.is_initialized()
+    data_parallel_size(config, dist.get_world_size() if joined else int(os.environ.get("WORLD_SIZE", "1")))
+    if not joined:
+        _join(config)
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=config.parallel.tensor,
         pipeline_model_parallel_size=config.parallel.pipeline,
@@ -54,7 +45,7 @@ def micro_batches_per_step(config: Config) -> int:
     return config.train.global_batch_size // (config.train.micro_batch_size * replicas)
 
 
-def _join(config: Config, world_size: int) -> None:
+def _join(config: Config) -> None:
     on_gpu = torch.cuda.is_available()
     if on_gpu:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))

@@ -29,12 +29,12 @@ from megatron.core.utils import get_model_config
 from torch import Tensor
 
 from anchor_megatron.config import Config
-from anchor_megatron.model.builder import build_model
+from anchor_megatron.model.builder import build_model, rank_device
 from anchor_megatron.model.core_attention import PlannedSeqParams
 from anchor_megatron.model.gpt import AnchorGPT
 from anchor_megatron.training.batch import BatchStats, PlannedBatch
 from anchor_megatron.training.optimizer import build_optimizer, build_scheduler
-from anchor_megatron.training.setup import micro_batches_per_step, rank_device
+from anchor_megatron.training.setup import micro_batches_per_step
 
 __all__ = [
     "StepResult",
