@@ -6,6 +6,8 @@ torchrun --nproc-per-node 8 pretrain_anchor.py examples/tiny.yaml parallel.conte
 from __future__ import annotations
 
 import argparse
+import logging
+import os
 import sys
 
 import torch
@@ -25,6 +27,9 @@ def main() -> int:
     parser.add_argument("config", help="YAML file of the run")
     parser.add_argument("overrides", nargs="*", metavar="section.field=value", help="laid over the file")
     arguments = parser.parse_args()
+    if os.environ.get("RANK", "0") == "0":  # as torchrun names the ranks; one of them speaks
+        logging.basicConfig(format="%(message)s")
+        logging.getLogger("anchor_megatron").setLevel(logging.INFO)
     if not torch.cuda.is_available():
         cpu.install()
     from anchor_megatron.training.loop import Run  # Megatron-Core looks for a GPU as it is imported

@@ -4,8 +4,9 @@ copy.
     python benchmarks/bench_convert.py [--gigabytes 4] [--limit-gib 2.5] [--folder DIR] [--json FILE]
 
 Every conversion is a process of its own with RLIMIT_AS set, as a user would start it. The copy is `cp` of the
-same files on the same disk; each is the median of five, taken in turn, from a warm page cache (the files were
-just written). What comes back must be the same bytes. Prints a table and writes the figures as JSON.
+same files on the same disk. Each is the median of five, taken in turn; its input is read once just before, so
+that all of them find it in the page cache. What comes back must be the same bytes. Prints a table and writes
+the figures as JSON.
 """
 
 from __future__ import annotations
@@ -62,15 +63,16 @@ def measure(folder: Path, gigabytes: float, limit: int) -> dict[str, Any]:
     largest = make_checkpoint(hf, int(gigabytes * 1e9))
     size = sum(path.stat().st_size for path in hf.iterdir())
     ways = {
-        "import": (["import", "--hf", str(hf), "--out", str(megatron)], megatron),
-        "export": (["export", "--megatron", str(megatron), "--out", str(back)], back),
+        "import": (["import", "--hf", str(hf), "--out", str(megatron)], hf, megatron),
+        "export": (["export", "--megatron", str(megatron), "--out", str(back)], megatron, back),
     }
     runs: dict[str, list[dict[str, Any]]] = {"copy": [], "import": [], "export": []}
     for _ in range(REPEATS):  # in turn: a virtual machine's disk and memory are not equally fast all the time
         seconds = timed_copy(hf, copy)
         runs["copy"].append({"seconds": seconds, "bytes_per_second": size / seconds})
-        for way, (words, out) in ways.items():
+        for way, (words, source, out) in ways.items():
             shutil.rmtree(out, ignore_errors=True)
+            settle(source)
             runs[way].append(convert(words, limit))
     figures: dict[str, Any] = {"bytes": size, "largest_tensor_bytes": largest, "address_space_limit": limit}
     for way, found in runs.items():
@@ -109,9 +111,19 @@ def make_checkpoint(folder: Path, size: int) -> int:
     return max(sizes)
 
 
+def settle(source: Path) -> None:
+    """The same start for all: nothing left to write, `source` in the page cache."""
+    os.sync()
+    for path in source.rglob("*"):
+        if path.is_file():
+            with path.open("rb") as file:
+                while file.read(1 << 24):
+                    pass
+
+
 def timed_copy(source: Path, target: Path) -> float:
     """Seconds of a plain copy."""
-    os.sync()  # or the disk is still busy with what was written before
+    settle(source)
     begun = time.perf_counter()
     subprocess.run(["cp", "-r", source, target], check=True)
     seconds = time.perf_counter() - begun
@@ -121,7 +133,6 @@ def timed_copy(source: Path, target: Path) -> float:
 
 def convert(words: list[str], limit: int) -> dict[str, Any]:
     """One conversion under the limit: its own seconds, and the seconds and memory of its process."""
-    os.sync()
     begun = time.perf_counter()
     process = subprocess.Popen(
         [sys.executable, "tools/convert_checkpoint.py", *words],

@@ -178,6 +178,18 @@ def test_another_layout_goes_on_within_rounding(
         assert (ours[name] - value).abs().max() <= 1e-5, name
 
 
+@pytest.mark.parametrize(("saved", "resumed"), [(128, 100), (100, 128)])
+def test_another_padding_of_the_vocabulary_goes_on(
+    saved: int, resumed: int, straight: Straight, tmp_path: Path
+) -> None:
+    """300 entries are padded to 384 or not at all, as a tensor-parallel size may ask."""
+    expected = straight("one rank", model=dict(make_vocab_size_divisible_by=saved))
+    sections = dict(model=dict(make_vocab_size_divisible_by=resumed))
+    wanted = losses(expected)
+    for step, loss in losses(resume_in(tmp_path / "resumed", expected, "one rank", **sections)).items():
+        assert loss == pytest.approx(wanted[step], abs=1e-5, rel=0), f"step {step}"
+
+
 def start_command(config_file: Path, output: Path) -> subprocess.Popen:
     words = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
     with output.open("a") as file:

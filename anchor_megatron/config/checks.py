@@ -18,6 +18,8 @@ _CHOICES = {
     "attention.exchange": ("sparse",),
     "optimizer.decay": ("constant", "linear", "cosine"),
     "train.precision": ("bf16", "fp32"),
+    "train.fp8": (None, "hybrid", "e4m3"),
+    "train.fp8_recipe": ("delayed", "tensorwise", "blockwise"),
     "train.recompute": ("none", "selective", "full"),
 }
 _AT_LEAST_ONE = (
@@ -56,7 +58,7 @@ def check_config(config: Config) -> None:
     for name, choices in _CHOICES.items():
         got = attrgetter(name)(config)
         if got not in choices:
-            raise ValueError(f"{name}: got {got!r}, expected one of {', '.join(choices)}")
+            raise ValueError(f"{name}: got {got!r}, expected one of {', '.join(map(str, choices))}")
     for least, names in ((1, _AT_LEAST_ONE), (0, _AT_LEAST_ZERO)):
         for name in names:
             got = attrgetter(name)(config)
@@ -90,9 +92,16 @@ def _check_tokens(config: Config) -> None:
         tokens, what = tokens * config.train.micro_batch_size, f"{what} * train.micro_batch_size"
     context, tensor = config.parallel.context, config.parallel.tensor
     _expect_multiple(what, tokens, "parallel.context", context)
+    rows, whose = (
+        config.data.seq_length * config.train.micro_batch_size // context,
+        "tokens of a context-parallel rank",
+    )
     if config.parallel.sequence:
-        rows = config.data.seq_length * config.train.micro_batch_size // context
-        _expect_multiple("tokens of a context-parallel rank", rows, "parallel.tensor", tensor)
+        _expect_multiple(whose, rows, "parallel.tensor", tensor)
+    if config.train.fp8 is not None:
+        if config.train.precision != "bf16":
+            raise ValueError(f"train.precision: got {config.train.precision}, expected bf16 with train.fp8")
+        _expect_multiple(whose, rows, "16 (for train.fp8)", 16)
 
 
 def data_parallel_size(config: Config, world_size: int) -> int:

@@ -150,6 +150,11 @@ class TrainConfig:
     """Windows an optimizer step."""
     precision: str = "bf16"
     """bf16 (weights and gradients' master copies in fp32) or fp32."""
+    fp8: str | None = None
+    """FP8 products in the layers' linear maps: hybrid (E4M3 forward, E5M2 backward), e4m3, or null for none.
+    Needs TransformerEngine and precision bf16; attention and loss stay in bf16."""
+    fp8_recipe: str = "delayed"
+    """How FP8 tensors are scaled: delayed (from the steps before), tensorwise (now) or blockwise."""
     seed: int = 1234
     """Seed of the weights and of the documents' order."""
     recompute: str = "none"

@@ -108,6 +108,7 @@ def transformer_config(config: Config, *, attention_factor: float = 1.0) -> Tran
         bias_activation_fusion=on_gpu,
         masked_softmax_fusion=False,
         gradient_accumulation_fusion=False,
+        **_fp8(config),
         **_recompute(train.recompute),
         **_experts(config),
     )
@@ -115,6 +116,18 @@ def transformer_config(config: Config, *, attention_factor: float = 1.0) -> Tran
 
 def _head_dim(config: Config) -> int:
     return config.model.kv_channels or config.model.hidden_size // config.model.num_attention_heads
+
+
+def _fp8(config: Config) -> dict[str, Any]:
+    if config.train.fp8 is None:
+        return {}
+    if not _has_transformer_engine():
+        raise ValueError(
+            f"train.fp8: got {config.train.fp8}, expected null without TransformerEngine and a GPU"
+        )
+    # experts get any number of tokens, FP8 products take multiples of 16
+    padding = dict(moe_router_padding_for_quantization=config.model.num_experts is not None)
+    return dict(fp8=config.train.fp8, fp8_recipe=config.train.fp8_recipe, **padding)
 
 
 def _recompute(kind: str) -> dict[str, Any]:
