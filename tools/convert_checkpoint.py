@@ -9,6 +9,7 @@ Memory stays bounded whatever the model's size. The output appears whole or not 
 from __future__ import annotations
 
 import argparse
+import os
 import signal
 import sys
 import time
@@ -22,6 +23,10 @@ from tqdm import tqdm
 from anchor_megatron import cpu
 
 warnings.simplefilter("ignore")  # Megatron-Core's, about packages that a conversion does not use
+if __name__ == "__main__":
+    os.environ["CUDA_VISIBLE_DEVICES"] = (
+        ""  # --verify compares in fp32, which GPU attention kernels do not take
+    )
 if not torch.cuda.is_available():
     cpu.install()  # before Megatron-Core looks for a GPU, as it does when it is imported
 
