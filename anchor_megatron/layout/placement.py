@@ -19,9 +19,19 @@ from dataclasses import dataclass
 import numpy as np
 
 from anchor_megatron.layout.cost import CostModel
-from anchor_megatron.layout.solver import rows_received, split_documents, zigzag
+from anchor_megatron.layout.solver import split_documents, zigzag
+from anchor_megatron.layout.traffic import Traffic, rows_received, traffic
 
-__all__ = ["PLACEMENTS", "Placement", "balance", "piece_areas", "place", "received_rows"]
+__all__ = [
+    "PLACEMENTS",
+    "Placement",
+    "balance",
+    "piece_areas",
+    "place",
+    "place_at",
+    "placement_traffic",
+    "received_rows",
+]
 
 PLACEMENTS = ("document", "zigzag", "contiguous")
 
@@ -63,7 +73,7 @@ def place(
         cuts, ranks = split_documents(cu_seqlens, context_parallel_size, costs)
     else:
         cuts, ranks = _by_window(kind, int(cu_seqlens[-1]), context_parallel_size, window_length)
-    return _placement(cu_seqlens, cuts, ranks, context_parallel_size)
+    return place_at(cu_seqlens, cuts, ranks, context_parallel_size)
 
 
 def piece_areas(placement: Placement) -> np.ndarray:
@@ -88,6 +98,14 @@ def received_rows(placement: Placement) -> np.ndarray:
     return rows_received(placement.document, stop, tokens, placement.rank, placement.context_parallel_size)
 
 
+def placement_traffic(placement: Placement, *, ranks_per_node: int | None = None) -> Traffic:
+    """Rows that each rank receives and sends, and those that cross nodes of so many neighbouring ranks."""
+    stop = placement.stop - placement.cu_seqlens[placement.document]
+    tokens = placement.stop - placement.start
+    node = placement.rank // (ranks_per_node or placement.context_parallel_size)
+    return traffic(placement.document, stop, tokens, node, placement.rank, placement.context_parallel_size)
+
+
 def _by_window(kind: str, tokens: int, ranks: int, window_length: int) -> tuple[np.ndarray, np.ndarray]:
     if kind == "zigzag":
         ends, owners = zigzag(window_length, ranks)
@@ -98,10 +116,12 @@ def _by_window(kind: str, tokens: int, ranks: int, window_length: int) -> tuple[
     return (offsets + ends[None, :]).reshape(-1), np.tile(owners, windows)
 
 
-def _placement(
+def place_at(
     cu_seqlens: np.ndarray, ends: np.ndarray, ranks: np.ndarray, context_parallel_size: int
 ) -> Placement:
-    """Sorts pieces, cuts them at document borders, joins neighbours of one document on one rank."""
+    """The placement of pieces that end at `ends` int64 [P], on `ranks` int64 [P], cut at document borders;
+    neighbours of one document on one rank are joined.
+    """
     order = np.argsort(ends, kind="stable")
     ends, ranks = ends[order], ranks[order]
     cuts = np.union1d(ends, cu_seqlens[1:])

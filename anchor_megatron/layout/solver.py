@@ -16,8 +16,9 @@ import numpy as np
 
 from anchor_megatron.layout.attempt import Attempt, Settings, zigzag
 from anchor_megatron.layout.cost import CostModel
+from anchor_megatron.layout.traffic import rows_received
 
-__all__ = ["rows_received", "split_documents", "zigzag"]
+__all__ = ["split_documents", "zigzag"]
 
 _TRIED = (
     Settings(slack=0.015, small=0.03),
@@ -65,19 +66,5 @@ class _Try:
         attention = costs.attention_seconds(stop - start, stop, rank, ranks)
         level = _LEVEL * attention.mean()
         received = int(rows_received(document, stop, stop - start, rank, ranks).max())
-        self.seconds = float(max(attention.max(), level) + costs.transfer_seconds(received))
-        self.is_good = self.seconds <= level + _GOOD * costs.transfer_seconds(attempt.bound)
-
-
-def rows_received(
-    document: np.ndarray, stop: np.ndarray, tokens: np.ndarray, rank: np.ndarray, ranks: int
-) -> np.ndarray:
-    """Rows int64 [ranks] received: of every document, those up to a rank's last token that it does not hold.
-
-    `document`, `stop` (counted from the document's first token), `tokens`, `rank`: int64 [P] of each piece.
-    """
-    held_by, which = np.unique(document * ranks + rank, return_inverse=True)
-    last = np.zeros(held_by.size, dtype=np.int64)
-    np.maximum.at(last, which, stop)
-    missing = last - np.bincount(which, weights=tokens, minlength=held_by.size).astype(np.int64)
-    return np.bincount(held_by % ranks, weights=missing, minlength=ranks).astype(np.int64)
+        self.seconds = float(max(attention.max(), level) + costs.added_seconds(received))
+        self.is_good = self.seconds <= level + _GOOD * costs.added_seconds(attempt.bound)

@@ -1,0 +1,118 @@
+"""One layer's attention on every rank, in seconds, from a placement and a machine's rates.
+
+    forward     local pieces, with the transfer under them | gather | waiting pieces
+    backward    gather | waiting pieces | sum | local pieces, with the way home under them
+
+What of a transfer is longer than the local pieces is waited for; what hides under them makes them longer by
+`Machine.contention` of it. `exchange` is what the same exchange takes with nothing above it.
+
+Legend: n ranks of T rows, S rows sent, R received, K keys gathered for waiting pieces.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from anchor_megatron.layout.cost import CostModel
+from anchor_megatron.layout.placement import Placement, placement_traffic, received_rows
+
+__all__ = ["Prediction", "predict", "seconds_of_one_rank"]
+
+ROUND_BYTES = 64 * 2**20  # keys and values of one round of `ring`
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """attention, exchange  seconds float64 [2, ranks], forward and backward, of either alone
+    total                of both together
+    received, sent       rows of keys and values, or as many bytes, float64 [ranks], in the forward pass
+    """
+
+    attention: np.ndarray
+    exchange: np.ndarray
+    total: np.ndarray
+    received: np.ndarray
+    sent: np.ndarray
+
+
+def predict(exchange: str, placement: Placement, costs: CostModel) -> Prediction | None:
+    """The prediction for an exchange (`attention.exchange`); None where it cannot run on so many ranks."""
+    if exchange == "ulysses":
+        return _ulysses(placement, costs)
+    rounds = 1
+    if exchange == "ring":
+        received = int(received_rows(placement).max())
+        rounds = max(1, -(-received * costs.shape.row_bytes // ROUND_BYTES))
+    return _sparse(placement, costs, rounds=rounds)
+
+
+def seconds_of_one_rank(lengths: np.ndarray, costs: CostModel) -> np.ndarray:
+    """Seconds [2], forward and backward, of a rank that has all documents of these `lengths` to itself."""
+    return np.array(
+        [costs.forward_seconds(lengths, lengths).sum(), costs.backward_seconds(lengths, lengths).sum()]
+    )
+
+
+def _sparse(placement: Placement, costs: CostModel, *, rounds: int) -> Prediction:
+    """Only needed rows travel: at once, or in so many rounds of which each is merged into the result."""
+    ranks = placement.context_parallel_size
+    first = placement.cu_seqlens[placement.document]
+    queries, keys = placement.stop - placement.start, placement.stop - first
+    waits = placement.start > first
+
+    def by_rank(values: np.ndarray) -> np.ndarray:
+        return np.bincount(placement.rank, weights=values, minlength=ranks)
+
+    seconds = (costs.forward_seconds(queries, keys), costs.backward_seconds(queries, keys))
+    local = np.stack([by_rank(np.where(waits, 0, one)) for one in seconds])
+    waiting = np.stack([by_rank(np.where(waits, one, 0)) for one in seconds])
+    moved = placement_traffic(placement, ranks_per_node=costs.ranks_per_node)
+    gathered, rows = by_rank(np.where(waits, keys, 0)), by_rank(queries)
+    memory = row_seconds(costs, rows=rows, sent=moved.sent, received=moved.received, gathered=gathered)
+    latency = rounds * costs.machine.latency_us / 1e6 * (moved.received.sum() > 0)
+    wire = latency + costs.transfer_seconds(np.maximum(moved.received, moved.sent), moved.crossing)
+    attention = local + waiting
+    if rounds > 1:  # each round's outputs are merged in fp32
+        heads = costs.shape.heads * costs.shape.head_dim
+        merged = by_rank(np.where(waits, queries, 0)) * (rounds - 1) * heads * 8
+        memory = memory + merged / costs.machine.memory_gb_per_s / 1e9
+        hidden = np.minimum(wire, attention * (1 - 1 / rounds) + local / rounds)
+    else:
+        hidden = np.minimum(wire, local)
+    total = attention + memory + wire - hidden + costs.machine.contention * hidden
+    return Prediction(attention, wire + memory, total, moved.received, moved.sent)
+
+
+def row_seconds(
+    costs: CostModel, *, rows: np.ndarray, sent: np.ndarray, received: np.ndarray, gathered: np.ndarray
+) -> np.ndarray:
+    """Seconds [2, ranks] in which rows are read and written besides travelling: packed and gathered; then
+    gathered again, their gradients summed for the way home and added to the rank's own.
+    """
+    forward = 2 * sent + 2 * gathered
+    backward = (3 * gathered + received) + np.where(sent + gathered > 0, gathered + sent + 2 * rows, 0)
+    return np.stack([forward, backward]) * costs.shape.row_bytes / costs.machine.memory_gb_per_s / 1e9
+
+
+def _ulysses(placement: Placement, costs: CostModel) -> Prediction | None:
+    """All-to-all over heads: every rank attends to the whole window with its share of the query heads."""
+    ranks, shape = placement.context_parallel_size, costs.shape
+    if shape.heads % ranks:
+        return None
+    lengths = np.diff(placement.cu_seqlens)
+    attention = np.repeat(seconds_of_one_rank(lengths, costs)[:, None] / ranks, ranks, axis=1)
+    rows = int(placement.cu_seqlens[-1]) / ranks
+    # values a row that go to each other rank: queries there and outputs back, keys and values
+    groups = max(1.0, shape.groups / ranks)
+    values = shape.head_dim * (2 * shape.heads / ranks + 2 * groups)
+    received = rows * (ranks - 1) * values * shape.bytes_per_value / shape.row_bytes
+    near = min(costs.ranks_per_node or ranks, ranks)
+    crossing = received * (ranks - near) / max(1, ranks - 1)
+    latency = 2 * costs.machine.latency_us / 1e6 * (ranks > 1)
+    moved = 4 * received * shape.row_bytes / costs.machine.memory_gb_per_s / 1e9
+    wire = latency + float(costs.transfer_seconds(received, crossing)) + moved
+    exchange = np.full((2, ranks), wire)
+    each = np.ones(ranks)
+    return Prediction(attention, exchange, attention + exchange, received * each, received * each)

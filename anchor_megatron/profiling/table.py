@@ -1,0 +1,82 @@
+"""Rows of a simulation or a measurement as text."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from anchor_megatron.profiling.simulate import TARGETS
+
+__all__ = ["measured_table", "placement_table", "prediction_table"]
+
+Rows = list[dict[str, Any]]
+
+
+def placement_table(rows: Rows) -> str:
+    """Ours against the targets and the bounds, a line a number of ranks."""
+    lines = [
+        "  CP | balance mean (worst)   target         bound | received mean (worst)    target   bound    gap"
+        " | place ms (target)"
+    ]
+    for row in rows:
+        if "least_received" in row:
+            lines.append(_placement_line(row))
+    return "\n".join(lines)
+
+
+def _placement_line(row: dict[str, Any]) -> str:
+    level, worst, share, limit = TARGETS.get(row["ranks"], (None, None, None, None))
+    bound = row["least_received"]
+    gap = f"{row['received'] / bound - 1:+.0%}" if bound else ""
+    target = f"{level:.2f}" + (f" ({worst:.2f})" if worst else "") if level else ""
+    within = f" ({limit:g})" if limit else ""
+    return (
+        f"{row['ranks']:>4} | {row['balance']:.4f} ({row['worst_balance']:.4f})   {target:<11} "
+        f"{row['least_balance']:.4f} | {row['received']:.4f} ({row['worst_received']:.4f})   "
+        f"{f'{share:.3f}' if share else '':>8}  {bound:.4f}  {gap:>5} | {row['place_ms']:8.1f}{within}"
+    )
+
+
+def prediction_table(rows: Rows) -> str:
+    """What every placement and exchange takes, ours and others', a line each."""
+    crossing = any("crossing" in row for row in rows)
+    lines = [
+        f"  CP | {'':<40} attention  exchange  not hidden     total  efficiency  received   sent"
+        + ("  crossing (once a node)" if crossing else "")
+    ]
+    for row in rows:
+        name = label(row)
+        lines.append(
+            f"{row['ranks']:>4} | {name:<40} {row['attention_ms']:>9.2f} {row['exchange_ms']:>9.2f} "
+            f"{row['not_hidden_ms']:>11.2f} {row['total_ms']:>9.2f} {row['efficiency']:>11.1%} "
+            f"{row['received']:>9.3f} {row['sent']:>6.3f}"
+            + (f"  {row['crossing']:8.4f} ({row['node_crossing']:.4f})" if "crossing" in row else "")
+        )
+    return "\n".join(lines)
+
+
+def label(row: dict[str, Any]) -> str:
+    """A row's name in tables and charts."""
+    if row["name"] != "ours":
+        return row["name"]
+    return f"ours: {row['placement']}, {row['exchange']}"
+
+
+def measured_table(rows: Rows) -> str:
+    """Measured rows; with a prediction, it and how far it is off."""
+    lines = [
+        f"  CP  heads | {'':<32} attention  exchange  hidden     total  efficiency  balance  received"
+        " | predicted    off"
+    ]
+    for row in rows:
+        predicted = row.get("predicted_ms")
+        off = f"{predicted:>9.2f} {predicted / row['total_ms'] - 1:>+6.1%}" if predicted else ""
+        lines.append(
+            f"{row['ranks']:>4} {row['heads']:>6} | {label(row):<32} {_or_dash(row, 'attention_ms', 9)} "
+            f"{_or_dash(row, 'exchange_ms', 9)} {_or_dash(row, 'hidden_ms', 7)} {row['total_ms']:>9.2f} "
+            f"{row['efficiency']:>11.1%} {_or_dash(row, 'balance', 8, 3)} {_or_dash(row, 'received', 9, 3)} | {off}"
+        )
+    return "\n".join(lines)
+
+
+def _or_dash(row: dict[str, Any], name: str, width: int, digits: int = 2) -> str:
+    return f"{row[name]:>{width}.{digits}f}" if row.get(name) is not None else "-".rjust(width)
