@@ -11,16 +11,22 @@ Writes OUTPUT.json and OUTPUT.html, which opens without a network. docs/scaling.
 from __future__ import annotations
 
 import argparse
+import importlib.util
+import json
+import os
 import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from anchor_megatron.layout.cost import CostModel, LayerShape, Machine, read_machine
+from anchor_megatron.layout.placement import PLACEMENTS
+from anchor_megatron.profiling.measure import EXCHANGES
 from anchor_megatron.profiling.report import write_report
 from anchor_megatron.profiling.simulate import RANKS, Settings, simulate
-from anchor_megatron.profiling.table import placement_table, prediction_table
-from anchor_megatron.testing.timing import write_results
+from anchor_megatron.profiling.table import measured_table, placement_table, prediction_table
+from anchor_megatron.testing.lengths import WORKLOADS
+from anchor_megatron.testing.timing import environment, write_results
 
 LENGTHS = Path(__file__).resolve().parent.parent / "benchmarks" / "document_lengths.csv"
 
@@ -46,6 +52,21 @@ def parser() -> argparse.ArgumentParser:
     found.add_argument("--cp", type=int, nargs="+", help="context-parallel sizes (2 to 1,024; all that divide"
                        " the ranks)")  # fmt: skip
     found.add_argument("--tokens-per-rank", type=int, default=16384, help="(%(default)s)")
+    found.add_argument("--total-tokens", type=int, help="tokens of every measured window, whatever the ranks")
+    found.add_argument(
+        "--workloads",
+        nargs="+",
+        default=["file", "uniform", "short"],
+        choices=WORKLOADS,
+        help="documents to measure (%(default)s)",
+    )
+    found.add_argument(
+        "--placements", nargs="+", default=list(PLACEMENTS), choices=PLACEMENTS, help="to measure"
+    )
+    found.add_argument(
+        "--exchanges", nargs="+", default=list(EXCHANGES), choices=EXCHANGES, help="to measure"
+    )
+    found.add_argument("--repeats", type=int, default=10, help="timed repeats, of which the median counts")
     found.add_argument("--windows", type=int, default=20, help="simulated windows of each size (%(default)s)")
     found.add_argument("--parts", type=int, default=4, help="documents are cut at 1/parts of a window")
     found.add_argument(
@@ -82,7 +103,60 @@ def run_simulation(given: argparse.Namespace) -> None:
         print(f"\r{ranks} ranks", end="", file=sys.stderr, flush=True)
     print(file=sys.stderr)
     print(placement_table(rows), prediction_table(rows), sep="\n\n")
-    finish(given, {"kind": "simulate", **described(given, costs), "rows": rows})
+    finish(given, environment() | {"kind": "simulate", **described(given, costs), "rows": rows})
+
+
+def run_measurement(given: argparse.Namespace) -> None:
+    """Measures on all ranks; the first prints the table and the fitted rates and writes JSON and report."""
+    import torch
+    import torch.distributed as dist
+
+    from anchor_megatron.profiling.sweep import Sweep, add_predictions, sweep
+
+    device = start_ranks()
+    world = dist.get_world_size()
+    sizes = given.cp or [size for size in range(1, world + 1) if world % size == 0]
+    if wrong := [size for size in sizes if world % size]:
+        raise ValueError(f"--cp: got {wrong[0]}, expected a divisor of the number of ranks = {world}")
+    before = read_machine(given.calibration) if given.calibration else Machine()
+    settings = Sweep(
+        given.lengths, given.workloads, shapes(given), sizes, given.placements, given.exchanges,
+        given.tokens_per_rank, given.total_tokens, given.parts, given.repeats, device,
+    )  # fmt: skip
+    results = environment() | {"kind": "measure", **described(given, CostModel(before, settings.shapes[0]))}
+    first = dist.get_rank() == 0
+
+    def said(rows: list[dict[str, Any]]) -> None:
+        if first:
+            print(measured_table(rows).splitlines()[-1], flush=True)
+            write_results(given.output.with_suffix(".json"), results | {"rows": rows})
+
+    rows, samples = sweep(settings, said)
+    machine = add_predictions(rows, samples, before)
+    if first:
+        print("", measured_table(rows), "", "fitted: " + json.dumps(asdict(machine)), sep="\n")
+        finish(given, results | {"machine": asdict(machine), "rows": rows})
+    dist.destroy_process_group()
+
+
+def start_ranks() -> Any:
+    """The process group, and this rank's device."""
+    import torch
+    import torch.distributed as dist
+
+    if "RANK" not in os.environ:
+        raise ValueError("--measure: run it under torchrun, e.g. torchrun --nproc-per-node 2")
+    if not torch.cuda.is_available():
+        torch.set_num_threads(1)
+        dist.init_process_group("gloo")
+        return torch.device("cpu")
+    if importlib.util.find_spec("transformer_engine"):
+        import transformer_engine.pytorch  # noqa: F401 (before anything that touches cuDNN)
+    device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+    torch.cuda.set_device(device)
+    options = dist.ProcessGroupNCCL.Options(is_high_priority_stream=True)  # as in training
+    dist.init_process_group("nccl", device_id=device, pg_options=options)
+    return device
 
 
 def described(given: argparse.Namespace, costs: CostModel) -> dict[str, Any]:
@@ -90,6 +164,7 @@ def described(given: argparse.Namespace, costs: CostModel) -> dict[str, Any]:
     return {
         "lengths": given.lengths.name,
         "tokens_per_rank": given.tokens_per_rank,
+        "total_tokens": given.total_tokens,
         "windows": given.windows,
         "parts": given.parts,
         "ranks_per_node": given.ranks_per_node,

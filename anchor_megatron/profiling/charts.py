@@ -115,7 +115,7 @@ def measured_chart(rows: Rows) -> bytes:
     """Measured and predicted milliseconds of every row."""
 
     def draw(axes: Any) -> None:
-        names = [f"CP {row['ranks']}, {row['heads']} heads, {label(row)}" for row in rows]
+        names = [f"{row['workload']}, {row['heads']} heads, CP {row['ranks']}, {label(row)}" for row in rows]
         at = np.arange(len(rows))
         colours = [_STYLES.get(label(row), {}).get("color", "#7a7a7a") for row in rows]
         axes.barh(at, [row["total_ms"] for row in rows], color=colours, label="measured")

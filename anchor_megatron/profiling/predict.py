@@ -56,44 +56,53 @@ def seconds_of_one_rank(lengths: np.ndarray, costs: CostModel) -> np.ndarray:
 
 
 def _sparse(placement: Placement, costs: CostModel, *, rounds: int) -> Prediction:
-    """Only needed rows travel: at once, or in so many rounds of which each is merged into the result."""
-    ranks = placement.context_parallel_size
-    first = placement.cu_seqlens[placement.document]
-    queries, keys = placement.stop - placement.start, placement.stop - first
-    waits = placement.start > first
-
-    def by_rank(values: np.ndarray) -> np.ndarray:
-        return np.bincount(placement.rank, weights=values, minlength=ranks)
-
-    seconds = (costs.forward_seconds(queries, keys), costs.backward_seconds(queries, keys))
-    local = np.stack([by_rank(np.where(waits, 0, one)) for one in seconds])
-    waiting = np.stack([by_rank(np.where(waits, one, 0)) for one in seconds])
-    moved = placement_traffic(placement, ranks_per_node=costs.ranks_per_node)
-    gathered, rows = by_rank(np.where(waits, keys, 0)), by_rank(queries)
-    memory = row_seconds(costs, rows=rows, sent=moved.sent, received=moved.received, gathered=gathered)
-    latency = rounds * costs.machine.latency_us / 1e6 * (moved.received.sum() > 0)
-    wire = latency + costs.transfer_seconds(np.maximum(moved.received, moved.sent), moved.crossing)
+    """Only needed rows travel: at once, or in so many rounds, each of which is merged into the result."""
+    waits = _waits(placement)
+    queries, keys = _queries_and_keys(placement)
+    both = (costs.forward_seconds(queries, keys), costs.backward_seconds(queries, keys))
+    local, waiting = (
+        np.stack([_by_rank(placement, np.where(which, one, 0)) for one in both]) for which in (~waits, waits)
+    )
     attention = local + waiting
-    if rounds > 1:  # each round's outputs are merged in fp32
-        heads = costs.shape.heads * costs.shape.head_dim
-        merged = by_rank(np.where(waits, queries, 0)) * (rounds - 1) * heads * 8
+    moved = placement_traffic(placement, ranks_per_node=costs.ranks_per_node)
+    latency = rounds * costs.machine.latency_us / 1e6 * (placement.context_parallel_size > 1)
+    wire = latency + costs.transfer_seconds(np.maximum(moved.received, moved.sent), moved.crossing)
+    memory = row_seconds(placement, costs)
+    hidden = np.minimum(wire, local)
+    if rounds > 1:  # each round's outputs are merged in fp32, under the next round's transfer
+        values = costs.shape.heads * costs.shape.head_dim * 8 * (rounds - 1)
+        merged = _by_rank(placement, np.where(waits, queries, 0)) * values
         memory = memory + merged / costs.machine.memory_gb_per_s / 1e9
-        hidden = np.minimum(wire, attention * (1 - 1 / rounds) + local / rounds)
-    else:
-        hidden = np.minimum(wire, local)
+        hidden = np.minimum(wire, local + waiting * (1 - 1 / rounds))
     total = attention + memory + wire - hidden + costs.machine.contention * hidden
     return Prediction(attention, wire + memory, total, moved.received, moved.sent)
 
 
-def row_seconds(
-    costs: CostModel, *, rows: np.ndarray, sent: np.ndarray, received: np.ndarray, gathered: np.ndarray
-) -> np.ndarray:
+def row_seconds(placement: Placement, costs: CostModel) -> np.ndarray:
     """Seconds [2, ranks] in which rows are read and written besides travelling: packed and gathered; then
     gathered again, their gradients summed for the way home and added to the rank's own.
     """
-    forward = 2 * sent + 2 * gathered
-    backward = (3 * gathered + received) + np.where(sent + gathered > 0, gathered + sent + 2 * rows, 0)
+    moved = placement_traffic(placement)
+    queries, keys = _queries_and_keys(placement)
+    rows, gathered = (_by_rank(placement, one) for one in (queries, np.where(_waits(placement), keys, 0)))
+    forward = 2 * moved.sent + 2 * gathered
+    home = np.where(moved.sent + gathered > 0, gathered + moved.sent + 2 * rows, 0)
+    backward = 3 * gathered + moved.received + home
     return np.stack([forward, backward]) * costs.shape.row_bytes / costs.machine.memory_gb_per_s / 1e9
+
+
+def _queries_and_keys(placement: Placement) -> tuple[np.ndarray, np.ndarray]:
+    """Rows of every piece, and the keys that its last row sees."""
+    return placement.stop - placement.start, placement.stop - placement.cu_seqlens[placement.document]
+
+
+def _waits(placement: Placement) -> np.ndarray:
+    """Whether a piece needs keys that it is not."""
+    return placement.start > placement.cu_seqlens[placement.document]
+
+
+def _by_rank(placement: Placement, values: np.ndarray) -> np.ndarray:
+    return np.bincount(placement.rank, weights=values, minlength=placement.context_parallel_size)
 
 
 def _ulysses(placement: Placement, costs: CostModel) -> Prediction | None:

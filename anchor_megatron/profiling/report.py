@@ -77,7 +77,7 @@ def _measured(results: dict[str, Any]) -> str:
             f"<ul>{''.join(f'<li>{line}</li>' for line in lines)}</ul>",
             f"<div class='wide'>{_image(charts.measured_chart(rows), 'measured milliseconds')}</div>",
             "<h2>Milliseconds, forward and backward, of the slowest rank</h2>",
-            _rows_with(columns, rows, before=("heads",)),
+            _rows_with(columns, rows, before=("heads", "workload", "tokens")),
         ]
     )
 

@@ -64,14 +64,14 @@ def label(row: dict[str, Any]) -> str:
 def measured_table(rows: Rows) -> str:
     """Measured rows; with a prediction, it and how far it is off."""
     lines = [
-        f"  CP  heads | {'':<32} attention  exchange  hidden     total  efficiency  balance  received"
+        f"  CP  heads  window   | {'':<27} attention  exchange  hidden     total  efficiency  balance  received"
         " | predicted    off"
     ]
     for row in rows:
         predicted = row.get("predicted_ms")
         off = f"{predicted:>9.2f} {predicted / row['total_ms'] - 1:>+6.1%}" if predicted else ""
         lines.append(
-            f"{row['ranks']:>4} {row['heads']:>6} | {label(row):<32} {_or_dash(row, 'attention_ms', 9)} "
+            f"{row['ranks']:>4} {row['heads']:>6}  {row['workload']:<8} | {label(row):<27} {_or_dash(row, 'attention_ms', 9)} "
             f"{_or_dash(row, 'exchange_ms', 9)} {_or_dash(row, 'hidden_ms', 7)} {row['total_ms']:>9.2f} "
             f"{row['efficiency']:>11.1%} {_or_dash(row, 'balance', 8, 3)} {_or_dash(row, 'received', 9, 3)} | {off}"
         )

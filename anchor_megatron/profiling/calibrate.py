@@ -1,0 +1,117 @@
+"""A machine's rates from measured samples: least squares on relative errors, nothing below zero.
+
+    attention   milliseconds = a (pairs + b rows), forward and backward: TFLOP/s and pairs a row
+    exchange    milliseconds = latency + rows on their way / bandwidth + rows moved / memory bandwidth
+    total       what is left of it is `contention` times the hidden part of the transfer
+
+Bandwidth between nodes is not fitted but taken as it was: one node does not show it.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable
+from dataclasses import replace
+
+import numpy as np
+
+from anchor_megatron.layout.cost import CostModel, Machine, tiled
+from anchor_megatron.layout.placement import Placement, placement_traffic
+from anchor_megatron.profiling.measure import Sample
+from anchor_megatron.profiling.predict import predict, row_seconds
+
+__all__ = ["calibrate", "least_squares"]
+
+
+def calibrate(samples: list[Sample], before: Machine) -> Machine:
+    """`before` with the rates that fit the samples of exchange `sparse` best; rates that they do not show (no
+    exchange on one rank) stay.
+    """
+    samples = [sample for sample in samples if sample.case.exchange == "sparse"]
+    machine = _fit_attention(samples, before)
+    shared = [sample for sample in samples if sample.case.ranks > 1]
+    if not any(placement_traffic(sample.case.placement).received.any() for sample in shared):
+        return machine
+    machine = _fit_exchange(shared, machine)
+    return _fit_contention(shared, machine)
+
+
+def least_squares(columns: np.ndarray, values: np.ndarray) -> np.ndarray:
+    """Coefficients, none below 0, of `columns` [rows, C] that come closest to `values` [rows], each row's
+    error as a part of its value: of all choices of columns the best without a negative one.
+    """
+    scaled = columns / values[:, None]
+    best, least = np.zeros(columns.shape[1]), np.inf
+    for count in range(1, columns.shape[1] + 1):
+        for chosen in map(list, itertools.combinations(range(columns.shape[1]), count)):
+            found = np.linalg.lstsq(scaled[:, chosen], np.ones(values.size), rcond=None)[0]
+            error = float(((scaled[:, chosen] @ found - 1) ** 2).sum())
+            if (found >= 0).all() and error < least:
+                best, least = np.zeros(columns.shape[1]), error
+                best[chosen] = found
+    return best
+
+
+def _fit_attention(samples: list[Sample], machine: Machine) -> Machine:
+    found = {}
+    for direction, name, flops in ((0, "forward", 4), (1, "backward", 10)):
+        columns, values = [], []
+        for sample in samples:
+            unit = flops * sample.case.shape.heads * sample.case.shape.head_dim / 1e12
+            pairs, rows = _work(sample.case.placement, machine.tile)
+            columns.append(np.stack([pairs * unit, rows * unit], axis=1))
+            values.append(sample.attention[direction] / 1e3)
+        pair, row = least_squares(np.concatenate(columns), np.concatenate(values))
+        if pair > 0:
+            found |= {f"{name}_tflops": 1 / pair, f"{name}_row_pairs": row / pair}
+    return replace(machine, **{key: float(value) for key, value in found.items()})
+
+
+def _work(placement: Placement, tile: int) -> tuple[np.ndarray, np.ndarray]:
+    """Pairs and rows of every rank, in tiles."""
+    first = placement.cu_seqlens[placement.document]
+    pieces = tiled(placement.stop - placement.start, placement.stop - first, tile, causal=True)
+    ranks = placement.context_parallel_size
+    pairs, rows = (np.bincount(placement.rank, weights=one, minlength=ranks) for one in pieces)
+    return pairs, rows
+
+
+def _fit_exchange(samples: list[Sample], machine: Machine) -> Machine:
+    columns, values = [], []
+    for sample in samples:
+        costs = CostModel(machine, sample.case.shape)
+        moved = placement_traffic(sample.case.placement)
+        wire = np.maximum(moved.received, moved.sent) * costs.shape.row_bytes / 1e9
+        memory = moved_bytes(sample.case.placement, costs)
+        for direction in (0, 1):
+            columns.append(np.stack([np.ones(wire.size), wire, memory[direction]], axis=1))
+            values.append(sample.exchange[direction] / 1e3)
+    latency, byte, moved_byte = least_squares(np.concatenate(columns), np.concatenate(values))
+    found = {"latency_us": latency * 1e6}
+    found |= {"inside_gb_per_s": 1 / byte} if byte else {}
+    found |= {"memory_gb_per_s": 1 / moved_byte} if moved_byte else {}
+    return replace(machine, **{key: float(value) for key, value in found.items()})
+
+
+def moved_bytes(placement: Placement, costs: CostModel) -> np.ndarray:
+    """Gigabytes [2, ranks] that packing, gathering and summing read and write."""
+    unit = CostModel(replace(costs.machine, memory_gb_per_s=1.0), costs.shape)
+    return row_seconds(placement, unit)
+
+
+def _fit_contention(samples: Iterable[Sample], machine: Machine) -> Machine:
+    """How much longer the total is than with hidden transfers free, over what they would take alone."""
+    missing, hidden = [0.0], [0.0]
+    for sample in samples:
+        free, full = (
+            predict(
+                "sparse", sample.case.placement, CostModel(replace(machine, contention=c), sample.case.shape)
+            )
+            for c in (0.0, 1.0)
+        )
+        assert free is not None and full is not None, "sparse runs on any number of ranks"
+        scale = 1 / sample.total.max(axis=1)  # as a part of the total
+        missing += list((sample.total.max(axis=1) / 1e3 - free.total.max(axis=1)) * scale)
+        hidden += list((full.total.max(axis=1) - free.total.max(axis=1)) * scale)
+    found = float(np.dot(missing, hidden) / max(np.dot(hidden, hidden), 1e-30))
+    return replace(machine, contention=min(1.0, max(0.0, found)))
