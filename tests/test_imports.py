@@ -7,14 +7,15 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 ORDER = (
-    "presets", "config", "cpu", "data", "layout", "attention", "model", "training", "convert", "testing"
+    "presets", "config", "cpu", "data", "layout", "attention", "model", "training", "convert", "testing",
+    "profiling",
 )  # fmt: skip
 PACKAGE_FILES = sorted((ROOT / "anchor_megatron").rglob("*.py"))
 SCRIPTS = sorted(
     file
     for folder in (ROOT, ROOT / "tools", ROOT / "examples")
     for file in folder.glob("*.py")
-    if not file.name.startswith("bench_")  # benches measure what testing/ makes up
+    if not file.name.startswith(("bench_", "profile_"))  # they measure what testing/ makes up
 )
 
 

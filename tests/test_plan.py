@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from anchor_megatron.layout.bounds import least_received_rows, least_unevenness
-from anchor_megatron.layout.cost import CostModel
+from anchor_megatron.layout.cost import CostModel, LayerShape, Machine
 from anchor_megatron.layout.cut import Takers, area_of, cut_shares, least_received, peel
 from anchor_megatron.layout.placement import PLACEMENTS, Placement, balance, place, received_rows
 from anchor_megatron.layout.plan import make_plans
@@ -169,8 +169,12 @@ def test_placing_is_a_function_of_the_documents() -> None:
 
 
 def test_costs_count_whole_tiles() -> None:
-    costs = CostModel(pairs_per_second=1.0, rows_per_second=4.0, exposed=0.5, tile=4)
+    machine = Machine(
+        forward_tflops=4e-12, backward_tflops=10e-12, forward_row_pairs=0, backward_row_pairs=1, tile=4
+    )
+    costs = CostModel(machine, LayerShape(heads=1, groups=1, head_dim=1))
     queries, keys, rank = np.array([4, 2, 6]), np.array([4, 9, 6]), np.array([0, 2, 2])
     # 1+2+3+4; 8+9 and two rows of padding that see 9; 1+..+6 and two that see 6
-    assert costs.attention_seconds(queries, keys, rank, 3).tolist() == [10.0, 0.0, 17.0 + 18 + 21 + 12]
-    assert costs.transfer_seconds(80) == 10.0
+    pairs = np.array([10.0, 0.0, 17 + 18 + 21 + 12])
+    assert costs.forward_seconds(queries, keys).tolist() == [10.0, 17 + 18, 21 + 12]
+    assert costs.attention_seconds(queries, keys, rank, 3).tolist() == (2 * pairs + [4, 0, 12]).tolist()

@@ -1,4 +1,4 @@
-"""Context parallelism predicted for any number of ranks, or measured on those at hand: tables, JSON, a report.
+"""Context parallelism predicted for any number of ranks, or measured on those at hand: tables and a report.
 
     python tools/profile_cp.py --simulate
     python tools/profile_cp.py --simulate --lengths my_lengths.txt --cp 8 64 --ranks-per-node 8
@@ -24,7 +24,7 @@ from anchor_megatron.layout.placement import PLACEMENTS
 from anchor_megatron.profiling.measure import EXCHANGES
 from anchor_megatron.profiling.report import write_report
 from anchor_megatron.profiling.simulate import RANKS, Settings, simulate
-from anchor_megatron.profiling.table import measured_table, placement_table, prediction_table
+from anchor_megatron.profiling.table import measured_line, measured_table, placement_table, prediction_table
 from anchor_megatron.testing.lengths import WORKLOADS
 from anchor_megatron.testing.timing import environment, write_results
 
@@ -108,7 +108,6 @@ def run_simulation(given: argparse.Namespace) -> None:
 
 def run_measurement(given: argparse.Namespace) -> None:
     """Measures on all ranks; the first prints the table and the fitted rates and writes JSON and report."""
-    import torch
     import torch.distributed as dist
 
     from anchor_megatron.profiling.sweep import Sweep, add_predictions, sweep
@@ -128,7 +127,7 @@ def run_measurement(given: argparse.Namespace) -> None:
 
     def said(rows: list[dict[str, Any]]) -> None:
         if first:
-            print(measured_table(rows).splitlines()[-1], flush=True)
+            print(measured_line(rows[-1]), flush=True)
             write_results(given.output.with_suffix(".json"), results | {"rows": rows})
 
     rows, samples = sweep(settings, said)

@@ -38,6 +38,7 @@ _AT_LEAST_ONE = (
     "parallel.pipeline",
     "parallel.context",
     "parallel.expert",
+    "attention.ranks_per_node",
     "train.steps",
     "train.stop_after",
     "train.micro_batch_size",
@@ -92,10 +93,10 @@ def _check_tokens(config: Config) -> None:
         tokens, what = tokens * config.train.micro_batch_size, f"{what} * train.micro_batch_size"
     context, tensor = config.parallel.context, config.parallel.tensor
     _expect_multiple(what, tokens, "parallel.context", context)
-    rows, whose = (
-        config.data.seq_length * config.train.micro_batch_size // context,
-        "tokens of a context-parallel rank",
-    )
+    near = min(config.attention.ranks_per_node or context, context)
+    _expect_multiple("parallel.context", context, "attention.ranks_per_node", near)
+    whose = "tokens of a context-parallel rank"
+    rows = config.data.seq_length * config.train.micro_batch_size // context
     if config.parallel.sequence:
         _expect_multiple(whose, rows, "parallel.tensor", tensor)
     if config.train.fp8 is not None:

@@ -108,6 +108,10 @@ class AttentionConfig:
     """Which rank holds which tokens: document (balanced, whole documents stay), zigzag or contiguous."""
     exchange: str = "sparse"
     """How keys and values of split documents travel: sparse (one all-to-all of only the needed rows)."""
+    ranks_per_node: int | None = None
+    """Neighbouring context-parallel ranks of one node, in which split documents stay; null: all in one."""
+    calibration: str | None = None
+    """JSON of `tools/profile_cp.py --measure`, by whose rates documents are placed; null: an H200's."""
     kernel: str = "auto"
     """Attention kernel; auto takes the fastest that runs here and says which."""
 

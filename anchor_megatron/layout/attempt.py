@@ -49,8 +49,10 @@ def zigzag(tokens: int, ranks: int) -> tuple[np.ndarray, np.ndarray]:
 class Attempt:
     """Documents count from the longest on; `room`, `need` and `received` are the ranks', so far."""
 
-    def __init__(self, lengths: np.ndarray, ranks: int, settings: Settings) -> None:
-        self.settings = settings
+    def __init__(
+        self, lengths: np.ndarray, ranks: int, settings: Settings, ranks_per_node: int | None = None
+    ) -> None:
+        self.settings, self.nodes = settings, max(1, ranks // (ranks_per_node or ranks))
         self.order = np.argsort(-lengths, kind="stable")
         self.lengths = lengths[self.order]
         self.areas = self.lengths * (self.lengths + 1) / 2
@@ -133,7 +135,7 @@ class Attempt:
         """Cuts a document into shares for the fewest ranks whose needs add up to its area."""
         length = int(self.lengths[document])
         area = float(self.areas[document]) - self.price * length
-        chosen, caps, rooms = self._takers(length, area, 0.0 if document == 0 else 1 / self.richness)
+        chosen, caps, rooms = self._takers(document, area)
         order = np.argsort(-caps, kind="stable")
         last = int(np.argmax(order))
         chosen, caps, rooms = chosen[order], caps[order], rooms[order]
@@ -151,11 +153,10 @@ class Attempt:
         for rank, (early, early_stop, late, late_stop) in zip(chosen.tolist(), found[1], strict=True):
             self._give(document, [(early, early_stop), (late, late_stop)], rank)
 
-    def _takers(self, length: int, area: float, spare: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Ranks for a document, the area of each one's share and its most tokens.
-
-        `spare`: tokens of room to leave for every pair of need that is left.
-        """
+    def _takers(self, document: int, area: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Ranks for a document of this area above the price, the area of each share and its most tokens."""
+        length = int(self.lengths[document])
+        spare = 0.0 if document == 0 else 1 / self.richness  # room to leave for a pair of need
         most = area * self.room / length  # what a rank can take if tokens go with area,
         if 0 < spare < length / area:  # and what need is then left finds room
             left = self.room - np.clip(self.need, 0, None) * spare
@@ -163,6 +164,7 @@ class Attempt:
         caps = np.clip(self.need + self.slack / 2, 0, most)
         if spare == 0 and caps.sum() > area:
             caps = _watered(self.need, most, area)
+        caps = self._near(caps, area, document)
         if caps.sum() < area:  # too little need: all take more, as far as rooms go
             free = area * self.room / length - caps
             caps = caps + free * min(1.0, (area - caps.sum()) / free.sum())
@@ -181,6 +183,23 @@ class Attempt:
         chosen, caps = np.append(order[:count], last), np.append(caps[order[:count]], rest)
         unmet = np.clip(self.need[chosen] - caps, 0, None)
         return chosen, caps, np.clip(self.room[chosen] - (unmet * spare).astype(np.int64), 0, None)
+
+    def _near(self, caps: np.ndarray, area: float, document: int) -> np.ndarray:
+        """`caps` of the node with the least that is enough for this area, else of the fewest nodes, and zeros
+        elsewhere. The longest document, cut last, goes to whoever is in need.
+        """
+        by_node = caps.reshape(self.nodes, -1)
+        sums = by_node.sum(axis=1)
+        enough = sums >= area
+        if self.nodes == 1 or (document == 0 and not enough.any()):
+            return caps
+        chosen = np.zeros(self.nodes, dtype=bool)
+        if enough.any():
+            chosen[np.where(enough, sums, np.inf).argmin()] = True
+        else:
+            order = np.argsort(-sums, kind="stable")
+            chosen[order[: int(np.searchsorted(np.cumsum(sums[order]), area)) + 1]] = True
+        return np.where(chosen[:, None], by_node, 0).reshape(-1)
 
     def _level(self, document: int, ranks: np.ndarray, caps: np.ndarray, rooms: np.ndarray) -> None:
         """Cuts a document by area as `caps` ask and by tokens as rooms allow, if need be among all ranks."""
@@ -232,7 +251,9 @@ class Attempt:
     def _spill(self, document: int, lacking: np.ndarray, price: float) -> None:
         """Cuts a small document that no rank has room for among those with most room."""
         length, area = int(self.lengths[document]), float(self.areas[document])
-        ranks = np.argsort(-self.room, kind="stable")
+        node = np.repeat(self.room.reshape(self.nodes, -1).sum(axis=1), self.room.size // self.nodes)
+        near = (node == node.max()) & (node >= length)  # one node, where one has room
+        ranks = np.argsort(-np.where(near | (not near.any()), self.room, -1), kind="stable")
         ranks = ranks[: int(np.searchsorted(np.cumsum(self.room[ranks]), length)) + 1]
         tokens = self.room[ranks]
         tokens[-1] -= tokens.sum() - length

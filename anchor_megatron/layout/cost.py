@@ -72,10 +72,6 @@ class CostModel:
     shape: LayerShape = field(default_factory=LayerShape)
     ranks_per_node: int | None = None
 
-    def node_of(self, rank: np.ndarray) -> np.ndarray:
-        """Node int64 of every rank."""
-        return np.zeros_like(rank) if self.ranks_per_node is None else rank // self.ranks_per_node
-
     def forward_seconds(self, queries: np.ndarray, keys: np.ndarray, *, causal: bool = True) -> np.ndarray:
         """Seconds float64 [P] of each piece; `queries` and `keys` int64 [P] are its rows, and the keys that
         the last of them sees. Not `causal`: that all of them see.

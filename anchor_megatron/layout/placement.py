@@ -59,8 +59,9 @@ def place(
     """Places the tokens of attention spans `cu_seqlens` int64 [D+1] on the ranks.
 
     `zigzag` and `contiguous` cut each window of `window_length` tokens alike, `document` places all windows
-    together, at the least seconds it finds by `costs`. ValueError for an unknown kind, or where the ranks
-    do not divide the tokens they share.
+    together, at the least seconds it finds by `costs`, split documents inside a node where they can be.
+    ValueError for an unknown kind, or where the ranks do not divide the tokens they share, or the ranks of a
+    node the ranks.
     """
     if kind not in PLACEMENTS:
         raise ValueError(f"placement: got {kind!r}, expected one of {', '.join(PLACEMENTS)}")
@@ -68,6 +69,12 @@ def place(
     if shared % context_parallel_size:
         raise ValueError(
             f"tokens: got {shared}, expected a multiple of context_parallel_size = {context_parallel_size}"
+        )
+    near = min(costs.ranks_per_node or context_parallel_size, context_parallel_size)
+    if context_parallel_size % near:
+        raise ValueError(
+            f"context_parallel_size: got {context_parallel_size}, "
+            f"expected a multiple of ranks_per_node = {near}"
         )
     if kind == "document":
         cuts, ranks = split_documents(cu_seqlens, context_parallel_size, costs)

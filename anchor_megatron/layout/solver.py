@@ -59,7 +59,7 @@ class _Try:
     """The pieces int64 [4, P] (document, start, stop, rank) of one setting, and what they cost."""
 
     def __init__(self, lengths: np.ndarray, ranks: int, settings: Settings, costs: CostModel) -> None:
-        attempt = Attempt(lengths, ranks, settings)
+        attempt = Attempt(lengths, ranks, settings, costs.ranks_per_node)
         document, start, stop, rank = self.pieces = attempt.run()
         areas = np.bincount(rank, weights=(stop - start) * (stop + start + 1), minlength=ranks)
         self.unevenness = float(areas.max() / areas.mean())

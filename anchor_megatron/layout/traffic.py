@@ -89,13 +89,11 @@ def _sent(
     ends = np.sort(document[last] * reach + stop[last])
     upto = np.searchsorted(ends, (document + 1) * reach)
     later = upto - np.searchsorted(ends, document * reach + stop, side="right")
-    own_last = np.zeros(document.size, dtype=np.int64)
-    key = document * ranks + rank
-    held, which = np.unique(key, return_inverse=True)
-    last_stop = np.zeros(held.size, dtype=np.int64)
-    np.maximum.at(last_stop, which, stop)
-    own_last = last_stop[which] > stop
-    return np.bincount(rank, weights=tokens * (later - own_last), minlength=ranks).astype(np.int64)
+    held, which = np.unique(document * ranks + rank, return_inverse=True)
+    end = np.zeros(held.size, dtype=np.int64)
+    np.maximum.at(end, which, stop)
+    others = later - (end[which] > stop)
+    return np.bincount(rank, weights=tokens * others, minlength=ranks).astype(np.int64)
 
 
 def _from_elsewhere(

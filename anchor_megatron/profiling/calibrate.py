@@ -12,6 +12,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterable
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 
@@ -53,7 +54,7 @@ def least_squares(columns: np.ndarray, values: np.ndarray) -> np.ndarray:
 
 
 def _fit_attention(samples: list[Sample], machine: Machine) -> Machine:
-    found = {}
+    found: dict[str, Any] = {}
     for direction, name, flops in ((0, "forward", 4), (1, "backward", 10)):
         columns, values = [], []
         for sample in samples:
@@ -61,10 +62,10 @@ def _fit_attention(samples: list[Sample], machine: Machine) -> Machine:
             pairs, rows = _work(sample.case.placement, machine.tile)
             columns.append(np.stack([pairs * unit, rows * unit], axis=1))
             values.append(sample.attention[direction] / 1e3)
-        pair, row = least_squares(np.concatenate(columns), np.concatenate(values))
+        pair, row = least_squares(np.concatenate(columns), np.concatenate(values)).tolist()
         if pair > 0:
             found |= {f"{name}_tflops": 1 / pair, f"{name}_row_pairs": row / pair}
-    return replace(machine, **{key: float(value) for key, value in found.items()})
+    return replace(machine, **found)
 
 
 def _work(placement: Placement, tile: int) -> tuple[np.ndarray, np.ndarray]:
@@ -86,11 +87,11 @@ def _fit_exchange(samples: list[Sample], machine: Machine) -> Machine:
         for direction in (0, 1):
             columns.append(np.stack([np.ones(wire.size), wire, memory[direction]], axis=1))
             values.append(sample.exchange[direction] / 1e3)
-    latency, byte, moved_byte = least_squares(np.concatenate(columns), np.concatenate(values))
-    found = {"latency_us": latency * 1e6}
+    latency, byte, moved_byte = least_squares(np.concatenate(columns), np.concatenate(values)).tolist()
+    found: dict[str, Any] = {"latency_us": latency * 1e6}
     found |= {"inside_gb_per_s": 1 / byte} if byte else {}
     found |= {"memory_gb_per_s": 1 / moved_byte} if moved_byte else {}
-    return replace(machine, **{key: float(value) for key, value in found.items()})
+    return replace(machine, **found)
 
 
 def moved_bytes(placement: Placement, costs: CostModel) -> np.ndarray:

@@ -105,8 +105,11 @@ def time_chart(rows: Rows) -> bytes:
         axes.set_yticks(*zip(*ticks, strict=True))
         axes.invert_yaxis()
         axes.axvline(1, color="black", linewidth=0.8)
-        axes.set(xlim=(0, 4), xlabel="1: an even share of one rank's attention. Hatched: transfer not hidden; "
-                 "bars may leave the picture", title="Where the time goes")  # fmt: skip
+        axes.set(
+            xlim=(0, 4),
+            xlabel="1: an even share of one rank's time; hatched: not hidden; cut off at 4",
+            title="Where the time goes",
+        )
 
     return _svg(draw)
 
@@ -149,8 +152,8 @@ def _lines(axes: Any, rows: Rows, figure: str, names: list[str]) -> None:
 
 def _targets(axes: Any, rows: Rows, which: int) -> None:
     ranks = sorted({row["ranks"] for row in rows} & set(TARGETS))
-    axes.plot(ranks, [TARGETS[n][which] for n in ranks], "_", color="#2a9d4a", markersize=16, markeredgewidth=2.5,
-              label="target", zorder=6)  # fmt: skip
+    style: dict[str, Any] = dict(color="#2a9d4a", markersize=16, markeredgewidth=2.5, zorder=6)
+    axes.plot(ranks, [TARGETS[n][which] for n in ranks], "_", label="target", **style)
 
 
 def _over_ranks(rows: Rows, draw: Callable[[Any], None]) -> bytes:

@@ -16,13 +16,22 @@ __all__ = ["write_report"]
 Rows = list[dict[str, Any]]
 
 _STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; max-width: 1180px; margin: 2em auto; padding: 0 1em; color: #222 }
-h1 { font-size: 1.5em; margin-bottom: .2em } h2 { font-size: 1.15em; margin-top: 2em }
-.small { color: #666; font-size: .88em } .charts { display: flex; flex-wrap: wrap; gap: 10px }
-.charts img { flex: 1 1 540px; min-width: 0; max-width: 100% } .wide img { max-width: 100% }
-ul { margin: .6em 0 } table { border-collapse: collapse; font-size: .85em; font-variant-numeric: tabular-nums }
-td, th { padding: 2px 10px; text-align: right; border-bottom: 1px solid #e4e4e4 } th { color: #555 }
-td.name { text-align: left } td.met { color: #1a7f37 } td.missed { color: #b3261e } tr.new td { border-top: 2px solid #bbb }
+body { font: 15px/1.5 system-ui, sans-serif; max-width: 1180px; margin: 2em auto;
+       padding: 0 1em; color: #222 }
+h1 { font-size: 1.5em; margin-bottom: .2em }
+h2 { font-size: 1.15em; margin-top: 2em }
+ul { margin: .6em 0 }
+.small { color: #666; font-size: .88em }
+.charts { display: flex; flex-wrap: wrap; gap: 10px }
+.charts img { flex: 1 1 540px; min-width: 0; max-width: 100% }
+.wide img { max-width: 100% }
+table { border-collapse: collapse; font-size: .85em; font-variant-numeric: tabular-nums }
+td, th { padding: 2px 10px; text-align: right; border-bottom: 1px solid #e4e4e4 }
+th { color: #555 }
+td.name { text-align: left }
+td.met { color: #1a7f37 }
+td.missed { color: #b3261e }
+tr.new td { border-top: 2px solid #bbb }
 """
 
 
@@ -52,8 +61,8 @@ def _simulated(results: dict[str, Any]) -> str:
             f"<ul>{''.join(f'<li>{line}</li>' for line in _headlines(rows))}</ul>",
             f"<div class='charts'>{''.join(_image(*picture) for picture in pictures)}</div>",
             "<h2>Placement: achieved, target, bound</h2>",
-            "<p class='small'>Balance: the largest rank's attention area over the mean. Received: keys and values "
-            "that the worst rank receives, as a share of a full ring's. In brackets the worst window. "
+            "<p class='small'>Balance: the largest rank's attention area over the mean. Received: keys and "
+            "values that the worst rank receives, as a share of a full ring's. Worst: of the windows. "
             "Green: at or below the target.</p>",
             _placement_rows(rows),
             "<h2>Predicted milliseconds of one layer, forward and backward</h2>",
@@ -107,8 +116,8 @@ def _headlines(rows: Rows) -> list[str]:
         f"{max(row['worst_balance'] for row in ours) - 1:.1%} in the worst window of any size.",
     ]
     lines += [
-        f"On {row['ranks']:,} ranks the target of {TARGETS[row['ranks']][2]} for received bytes cannot be met: no "
-        f"placement receives less than {row['least_received']:.3f}; ours {row['received']:.3f}."
+        f"On {row['ranks']:,} ranks the target of {TARGETS[row['ranks']][2]} for received bytes cannot be "
+        f"met: no placement receives less than {row['least_received']:.3f}; ours {row['received']:.3f}."
         for row in ours
         if row["ranks"] in TARGETS and row["least_received"] > TARGETS[row["ranks"]][2]
     ]
@@ -127,13 +136,17 @@ def _placement_rows(rows: Rows) -> str:
         level, worst, share, _ = TARGETS.get(row["ranks"], (None, None, None, None))
         bound = row["least_received"]
         gap = f"{row['received'] / bound - 1:+.0%}" if bound else ""
-        lines.append(
-            f"<tr><td>{row['ranks']:,}{_against(row['balance'], level, 4)}{_against(row['worst_balance'], worst, 4)}"
-            f"<td>{level or ''}{f' ({worst})' if worst else ''}<td>{row['least_balance']:.3f}"
-            f"{_against(row['received'], share, 3)}<td>{row['worst_received']:.3f}<td>{share or ''}<td>{bound:.3f}"
-            f"<td>{gap}<td>{row['sent']:.3f}"
-            f"<td>{row['place_ms']:.1f}</tr>"
-        )
+        target = f"{level or ''}{f' ({worst})' if worst else ''}"
+        cells = [
+            f"<td>{row['ranks']:,}",
+            _against(row["balance"], level, 4),
+            _against(row["worst_balance"], worst, 4),
+            f"<td>{target}<td>{row['least_balance']:.3f}",
+            _against(row["received"], share, 3),
+            f"<td>{row['worst_received']:.3f}<td>{share or ''}<td>{bound:.3f}<td>{gap}",
+            f"<td>{row['sent']:.3f}<td>{row['place_ms']:.1f}",
+        ]
+        lines.append(f"<tr>{''.join(cells)}</tr>")
     return f"<table>{header}{''.join(lines)}</table>"
 
 

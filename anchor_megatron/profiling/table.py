@@ -6,7 +6,7 @@ from typing import Any
 
 from anchor_megatron.profiling.simulate import TARGETS
 
-__all__ = ["measured_table", "placement_table", "prediction_table"]
+__all__ = ["measured_line", "measured_table", "placement_table", "prediction_table"]
 
 Rows = list[dict[str, Any]]
 
@@ -63,19 +63,26 @@ def label(row: dict[str, Any]) -> str:
 
 def measured_table(rows: Rows) -> str:
     """Measured rows; with a prediction, it and how far it is off."""
-    lines = [
-        f"  CP  heads  window   | {'':<27} attention  exchange  hidden     total  efficiency  balance  received"
-        " | predicted    off"
-    ]
-    for row in rows:
-        predicted = row.get("predicted_ms")
-        off = f"{predicted:>9.2f} {predicted / row['total_ms'] - 1:>+6.1%}" if predicted else ""
-        lines.append(
-            f"{row['ranks']:>4} {row['heads']:>6}  {row['workload']:<8} | {label(row):<27} {_or_dash(row, 'attention_ms', 9)} "
-            f"{_or_dash(row, 'exchange_ms', 9)} {_or_dash(row, 'hidden_ms', 7)} {row['total_ms']:>9.2f} "
-            f"{row['efficiency']:>11.1%} {_or_dash(row, 'balance', 8, 3)} {_or_dash(row, 'received', 9, 3)} | {off}"
-        )
-    return "\n".join(lines)
+    return "\n".join([_MEASURED_HEADER, *map(measured_line, rows)])
+
+
+_MEASURED_HEADER = (
+    f"  CP  heads  window   | {'':<27} attention  exchange  hidden     total  efficiency  balance  received"
+    " | predicted    off"
+)
+
+
+def measured_line(row: dict[str, Any]) -> str:
+    """A measured row."""
+    predicted = row.get("predicted_ms")
+    off = f"{predicted:>9.2f} {predicted / row['total_ms'] - 1:>+6.1%}" if predicted else ""
+    columns = (("attention_ms", 9), ("exchange_ms", 9), ("hidden_ms", 7))
+    times = " ".join(_or_dash(row, name, width) for name, width in columns)
+    shares = f"{_or_dash(row, 'balance', 8, 3)} {_or_dash(row, 'received', 9, 3)}"
+    return (
+        f"{row['ranks']:>4} {row['heads']:>6}  {row['workload']:<8} | {label(row):<27} {times} "
+        f"{row['total_ms']:>9.2f} {row['efficiency']:>11.1%} {shares} | {off}"
+    )
 
 
 def _or_dash(row: dict[str, Any], name: str, width: int, digits: int = 2) -> str:

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from anchor_megatron.attention.plan_tensors import PackedArrays, PlanTensors, plan_arrays, plan_tensors
 from anchor_megatron.data.window import Window
+from anchor_megatron.layout.cost import CostModel
 from anchor_megatron.layout.modes import attention_cu_seqlens, positions
 from anchor_megatron.layout.placement import balance, place
 from anchor_megatron.layout.plan import Plan, make_plan
@@ -85,12 +86,21 @@ def plan_batch(
     placement: str,
     context_parallel_size: int,
     context_parallel_rank: int,
+    costs: CostModel = CostModel(),  # noqa: B008
 ) -> PlannedBatch:
-    """This context-parallel rank's share of a micro-batch of equally long `windows`."""
+    """This context-parallel rank's share of a micro-batch of equally long `windows`; `costs` must be the same
+    on all of them.
+    """
     window_length = windows[0].tokens.size
     cu_seqlens = _joined_cu_seqlens(windows)
     spans = attention_cu_seqlens(mode, cu_seqlens, window_length=window_length)
-    placed = place(placement, spans, context_parallel_size=context_parallel_size, window_length=window_length)
+    placed = place(
+        placement,
+        spans,
+        context_parallel_size=context_parallel_size,
+        window_length=window_length,
+        costs=costs,
+    )
     plan = make_plan(placed, context_parallel_rank)
     whole = {
         "tokens": np.concatenate([window.tokens for window in windows]),

@@ -15,10 +15,11 @@ from anchor_megatron.config import Config
 from anchor_megatron.data.documents import Documents
 from anchor_megatron.data.packing import WindowDataset
 from anchor_megatron.data.sampler import window_indices
+from anchor_megatron.layout.cost import CostModel, LayerShape, Machine, read_machine
 from anchor_megatron.training.batch import PlannedBatch, plan_batch
 from anchor_megatron.training.setup import micro_batches_per_step
 
-__all__ = ["BatchDataset", "batches", "open_windows"]
+__all__ = ["BatchDataset", "batches", "cost_model", "open_windows"]
 
 
 def open_windows(config: Config) -> WindowDataset:
@@ -39,12 +40,26 @@ def open_windows(config: Config) -> WindowDataset:
     )
 
 
+def cost_model(config: Config) -> CostModel:
+    """What placements are judged by: `attention.calibration`'s rates and the heads of one rank."""
+    attention, model = config.attention, config.model
+    machine = Machine() if attention.calibration is None else read_machine(attention.calibration)
+    shape = LayerShape(
+        heads=model.num_attention_heads // config.parallel.tensor,
+        groups=max(1, model.num_query_groups // config.parallel.tensor),
+        head_dim=model.kv_channels or model.hidden_size // model.num_attention_heads,
+        bytes_per_value=2 if config.train.precision == "bf16" else 4,
+    )
+    return CostModel(machine, shape, attention.ranks_per_node)
+
+
 class BatchDataset(Dataset):
     """This rank's micro-batches; item i is micro-batch i % m of step i // m, m micro-batches a step."""
 
     def __init__(self, config: Config, windows: WindowDataset) -> None:
         self.config, self.windows = config, windows
         self.micro_batches = micro_batches_per_step(config)
+        self.costs = cost_model(config)
         self.data_parallel = dict(
             data_parallel_rank=parallel_state.get_data_parallel_rank(),
             data_parallel_size=parallel_state.get_data_parallel_world_size(),
@@ -70,6 +85,7 @@ class BatchDataset(Dataset):
             [self.windows[int(n)] for n in indices],
             mode=self.config.data.mode,
             placement=self.config.attention.placement,
+            costs=self.costs,
             **self.context_parallel,
         )
 
