@@ -25,13 +25,16 @@ _TRIED = (
     Settings(slack=0.02, small=0.04, pack=True),
     Settings(slack=0.003, small=0.02),
 )
+# with few ranks a little area less level can be many rows less
+_LOOSE = (Settings(slack=0.03, small=0.03), Settings(slack=0.045, small=0.04, pack=True))
 _LAST_RESORTS = (
     Settings(slack=0.015, small=0.03, filling=0.2),
     Settings(slack=0.015, small=0.03, filling=0.4),
     Settings(slack=0.015, small=0.03, spread=True),
 )
-_LEVEL = 1.01  # attention time over the mean that is as good as none; kernels differ by as much
-_GOOD = 1.2  # a level try whose worst rank receives this much of the least it must is kept without another
+_LEVEL = 1.02  # attention time over the mean below which rows alone decide; kernels differ by as much
+# a try this level, whose worst rank receives this much of the least it must, is kept without another
+_VERY_LEVEL, _GOOD = 1.01, 1.2
 _FEW = 4  # so few ranks are placed so quickly that more tries cost nothing
 _UNEVEN = 1.03  # largest area over the mean above which last resorts are tried
 
@@ -48,6 +51,8 @@ def split_documents(cu_seqlens: np.ndarray, ranks: int, costs: CostModel) -> tup
     for settings in _TRIED[1:]:
         if ranks <= _FEW or not any(one.is_good for one in tries):
             tries.append(_Try(lengths, ranks, settings, costs))
+    if ranks <= _FEW:
+        tries += [_Try(lengths, ranks, settings, costs) for settings in _LOOSE]
     if min(one.unevenness for one in tries) > _UNEVEN:
         tries += [_Try(lengths, ranks, settings, costs) for settings in _LAST_RESORTS]
     best = min(tries, key=lambda one: (max(one.unevenness, _UNEVEN), one.seconds))
@@ -64,7 +69,7 @@ class _Try:
         areas = np.bincount(rank, weights=(stop - start) * (stop + start + 1), minlength=ranks)
         self.unevenness = float(areas.max() / areas.mean())
         attention = costs.attention_seconds(stop - start, stop, rank, ranks)
-        level = _LEVEL * attention.mean()
+        longest, mean = float(attention.max()), float(attention.mean())
         received = int(rows_received(document, stop, stop - start, rank, ranks).max())
-        self.seconds = float(max(attention.max(), level) + costs.added_seconds(received))
-        self.is_good = self.seconds <= level + _GOOD * costs.added_seconds(attempt.bound)
+        self.seconds = max(longest, _LEVEL * mean) + costs.added_seconds(received)
+        self.is_good = longest <= _VERY_LEVEL * mean and received <= _GOOD * attempt.bound
