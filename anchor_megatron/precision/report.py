@@ -1,0 +1,2 @@
+def summary_table(r): return ""
+def write_report(*a): pass
