@@ -7,8 +7,8 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 ORDER = (
-    "presets", "config", "cpu", "data", "layout", "attention", "model", "training", "convert", "testing",
-    "profiling",
+    "presets", "config", "cpu", "data", "layout", "attention", "model", "precision", "training", "convert",
+    "evaluation", "testing", "profiling",
 )  # fmt: skip
 PACKAGE_FILES = sorted((ROOT / "anchor_megatron").rglob("*.py"))
 SCRIPTS = sorted(

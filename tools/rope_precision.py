@@ -1,9 +1,9 @@
 """Where BF16 breaks rotary embedding and where it does not, on a model or on seeded random vectors.
 
-python tools/rope_precision.py                                          a small random model, 90 s without a GPU
-python tools/rope_precision.py --hf models/llama --text README.md       any Hugging Face checkpoint we know
-python tools/rope_precision.py --checkpoint build/demo/checkpoints      what a run saved
-python tools/rope_precision.py --preset llama-3-8b --tokens 2048        a random model of a published shape
+python tools/rope_precision.py                                          a small random model, 90 s without a
+GPU python tools/rope_precision.py --hf models/llama --text README.md       any Hugging Face checkpoint we
+know python tools/rope_precision.py --checkpoint build/demo/checkpoints      what a run saved python
+tools/rope_precision.py --preset llama-3-8b --tokens 2048        a random model of a published shape
 """
 
 from __future__ import annotations
@@ -43,15 +43,19 @@ def main() -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     source = parser.add_mutually_exclusive_group()
     source.add_argument("--hf", type=Path, help="a Hugging Face checkpoint's folder")
     source.add_argument("--checkpoint", type=Path, help="a training checkpoint's folder, or a folder of them")
     source.add_argument("--preset", help="the shape of a random model (anchor_megatron/presets.py)")
     parser.add_argument("--layers", type=int, help="layers of a random model, where not the preset's own")
-    parser.add_argument("--text", type=Path, help="text for a model that has a tokenizer (default: our README)")
+    parser.add_argument(
+        "--text", type=Path, help="text for a model that has a tokenizer (default: our README)"
+    )
     parser.add_argument("--tokens", type=int, default=512, help="tokens run through the model (default 512)")
-    parser.add_argument("--kernel-length", type=int, nargs="+", help="tokens for the attention kernel's own test")
+    parser.add_argument("--length", type=int, default=131_072, help="longest sequence (default 131072)")
     parser.add_argument("--seed", type=int, default=0, help="of random vectors, weights and tokens")
     parser.add_argument("--out", type=Path, default=Path("build/precision"), help="folder of the report")
     return parser
@@ -64,9 +68,9 @@ def _run(given: argparse.Namespace) -> None:
 
     started = time.perf_counter()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    settings = Settings(seed=given.seed)
-    if given.kernel_length:
-        settings = dataclasses.replace(settings, kernel_lengths=tuple(given.kernel_length))
+    settings = Settings.up_to(given.length, seed=given.seed)
+    if device.type == "cuda":
+        settings = dataclasses.replace(settings, kernel_lengths=(512, 2048, given.length))
     results = measure(
         _subjects(given, device), settings, device=device, say=lambda text: print(text, flush=True)
     )

@@ -1,9 +1,10 @@
 """Attention weights of a few query rows, and how two sets of them differ.
 
-The weights of one query sum to 1. If two computations that should agree give (0.7, 0.2, 0.1) and (0.6, 0.2, 0.2),
-their difference D is 0.1 + 0 + 0.1 = 0.2, of which the first key has a share of one half. D lies between 0 (the
-same) and 2 (nothing in common); half of D is the attention that went elsewhere. arXiv 2411.13476 (section 3)
-sums the same quantity over all queries; here it is the mean over the queries looked at, so that lengths compare.
+The weights of one query sum to 1. If two computations that should agree give (0.7, 0.2, 0.1) and (0.6, 0.2,
+0.2), their difference D is 0.1 + 0 + 0.1 = 0.2, of which the first key has a share of one half. D lies
+between 0 (the same) and 2 (nothing in common); half of D is the attention that went elsewhere. arXiv
+2411.13476 (section 3) sums the same quantity over all queries; here it is the mean over the queries looked
+at, so that lengths compare.
 
 Rows are chosen because a full matrix of 131,072 tokens has 17 billion entries.
 
@@ -17,7 +18,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-__all__ = ["ARITHMETICS", "Difference", "Vectors", "attention_weights", "compare", "spread_rows", "weights_of"]
+__all__ = [
+    "ARITHMETICS",
+    "Difference",
+    "Vectors",
+    "attention_weights",
+    "compare",
+    "spread_rows",
+    "weights_of",
+]
 
 from anchor_megatron.precision.rope import Rope
 

@@ -27,7 +27,17 @@ from anchor_megatron.layout.modes import positions as mode_positions
 from anchor_megatron.precision.attention import Vectors, compare, spread_rows, weights_of
 from anchor_megatron.precision.rope import EXACT, Rope
 
-__all__ = ["Row", "kernel_test", "key_profile", "length_test", "logit_test", "mode_test", "rope_test", "shift_test"]
+__all__ = [
+    "Row",
+    "kernel_test",
+    "key_profile",
+    "length_test",
+    "logit_test",
+    "mode_test",
+    "octaves",
+    "rope_test",
+    "shift_test",
+]
 
 Row = dict[str, Any]
 _MODES = ("document_reset", "document", "anchor")
@@ -72,11 +82,17 @@ def shift_test(
     return found
 
 
-def key_profile(per_key: Tensor) -> list[float]:
-    """Sums over the keys [0], [1], [2, 4), [4, 8), ..."""
+def octaves(length: int) -> list[int]:
+    """Borders of the keys' bins [0], [1], [2, 4), [4, 8), ... up to `length`."""
     borders = [0, 1, 2]
-    while borders[-1] < per_key.numel():
-        borders.append(min(2 * borders[-1], per_key.numel()))
+    while borders[-1] < length:
+        borders.append(min(2 * borders[-1], length))
+    return borders
+
+
+def key_profile(per_key: Tensor) -> list[float]:
+    """Sums over the bins of `octaves`."""
+    borders = octaves(per_key.numel())
     return [float(per_key[a:b].sum()) for a, b in zip(borders, borders[1:], strict=False)]
 
 
@@ -121,8 +137,8 @@ def logit_test(
 ) -> list[Row]:
     """The score of the first key, at position 0, for the same query vectors placed at each distance from it.
 
-    error: root mean square of score - FP64's over queries and heads. moved: that of the score's change when both
-    positions move by `shift`, which exact arithmetic leaves alone. logit: root mean square of the score.
+    error: root mean square of score - FP64's over queries and heads. moved: that of the score's change when
+    both positions move by `shift`, which exact arithmetic leaves alone. logit: root mean square of the score.
     """
     chosen = spread_rows(vectors.q_TNH.shape[0], rows, vectors.q_TNH.device)
     q_RNH = vectors.q_TNH[chosen]
@@ -155,7 +171,9 @@ def _first_logits(vectors: Vectors, rope: Rope, q_RNH: Tensor, distance: int, sh
     return (turned * key_NH).sum(dim=-1) * vectors.scale
 
 
-def mode_test(vectors: Vectors, ropes: Sequence[Rope], *, offsets: Sequence[int], rows: int = 64) -> list[Row]:
+def mode_test(
+    vectors: Vectors, ropes: Sequence[Rope], *, offsets: Sequence[int], rows: int = 64
+) -> list[Row]:
     """One document that begins `offsets` tokens into its window, with the positions of each mode.
 
     error: departure from FP64 at the same positions. moved: D against the document in front of the window, in
@@ -193,13 +211,21 @@ def mode_test(vectors: Vectors, ropes: Sequence[Rope], *, offsets: Sequence[int]
 
 
 def _document_positions(mode: str, offset: int, length: int) -> Tensor:
-    """Positions of a document of `length` tokens, its anchor included, behind another one of `offset` tokens."""
+    """Positions of a document of `length` tokens, its anchor included, behind another one of `offset`
+    tokens.
+    """
     borders = np.array([0, *([offset] if offset else []), offset + length])
     return torch.from_numpy(mode_positions(mode, borders, window_length=offset + length)[offset:])
 
 
 def kernel_test(
-    vectors: Vectors, ropes: Sequence[Rope], *, reference: int, shift: int, lengths: Sequence[int], rows: int = 16
+    vectors: Vectors,
+    ropes: Sequence[Rope],
+    *,
+    reference: int,
+    shift: int,
+    lengths: Sequence[int],
+    rows: int = 16,
 ) -> list[Row]:
     """The kernel that training takes here, on the first `lengths` tokens, with seeded random values.
 
@@ -250,8 +276,8 @@ def rope_test(
 ) -> list[Row]:
     """Query vectors at `count` positions up to each of `positions`: error against FP64.
 
-    multiple: of the error that rounding the exact result to BF16 once makes. angle: largest error of an angle,
-    radians.
+    multiple: of the error that rounding the exact result to BF16 once makes. angle: largest error of an
+    angle, radians.
     """
     x_TNH = vectors.q_TNH[spread_rows(vectors.q_TNH.shape[0], count, vectors.q_TNH.device)]
     found = []
@@ -261,7 +287,9 @@ def rope_test(
         rounding = (exact.bfloat16().double() - exact).norm()
         for rope in ropes:
             error = (rope(x_TNH, places, vectors.frequencies).double() - exact).norm()
-            off = rope.angles(places, vectors.frequencies).double() - EXACT.angles(places, vectors.frequencies)
+            off = rope.angles(places, vectors.frequencies).double() - EXACT.angles(
+                places, vectors.frequencies
+            )
             off = torch.remainder(off + torch.pi, 2 * torch.pi) - torch.pi
             found.append(
                 dict(
@@ -277,5 +305,3 @@ def rope_test(
 
 def _rms(values: Tensor) -> float:
     return float(values.double().square().mean().sqrt())
-
-

@@ -1,7 +1,9 @@
-"""What a run's numbers show, in sentences. A sentence is chosen by the numbers that it names, never beforehand.
+"""What a run's numbers show, in sentences. A sentence is chosen by the numbers that it names, never
+beforehand.
 
-Each finding stands beside a claim of arXiv 2411.13476 where there is one, and says whether these numbers support
-it: "supports", "does not support" or "" (no claim). Two numbers within 10 % of each other count as the same.
+Each finding stands beside a claim of arXiv 2411.13476 where there is one, and says whether these numbers
+support it: "supports", "does not support" or "" (no claim). Two numbers within 10 % of each other count as
+the same.
 """
 
 from __future__ import annotations
@@ -12,11 +14,21 @@ from typing import Any
 
 import numpy as np
 
-__all__ = ["Finding", "findings"]
+from anchor_megatron.precision.experiments import Row, octaves
 
-Row = dict[str, Any]
+__all__ = [
+    "Finding",
+    "findings",
+    "mean_over_layers",
+    "number",
+    "profile_per_key",
+    "shift_rows",
+    "source_title",
+]
+
 _SAME = 1.1
-_LARGE = 10.0  # a ratio that counts as another order of magnitude
+_GROWN = 1.5  # what bears out a claim of growth
+_LARGE = 10.0  # what bears out a claim of another order of magnitude
 
 
 @dataclass(frozen=True)
@@ -50,23 +62,53 @@ def number(value: float) -> str:
 def source_title(results: dict[str, Any], name: str) -> str:
     """Vectors or a model in words."""
     fixed = {"random": "seeded random vectors", "sink": "random vectors with a planted attention sink"}
-    model, _, layer = name.partition("/")
-    title = fixed.get(name) or results["models"].get(model, model)
-    return f"layer {layer} of {title}" if layer else title
+    return fixed.get(name) or str(results["models"][name])
+
+
+def mean_over_layers(rows: list[Row], *by: str) -> list[Row]:
+    """Rows that agree in `vectors` (a model's layers, "name/3", as "name") and in `by`, as one row of
+    means.
+    """
+    groups: dict[tuple[Any, ...], list[Row]] = {}
+    for row in rows:
+        groups.setdefault((row["vectors"].split("/")[0], *(row[key] for key in by)), []).append(row)
+    return [dict(zip(("vectors", *by), key, strict=True)) | _mean(group, by) for key, group in groups.items()]
+
+
+def _mean(group: list[Row], by: tuple[str, ...]) -> Row:
+    wanted = [key for key, value in group[0].items() if key not in by and not isinstance(value, (str, list))]
+    return {key: float(np.mean([row[key] for row in group])) for key in wanted}
 
 
 def shift_rows(results: dict[str, Any]) -> list[Row]:
-    """Shift tests of vectors and of models, a model's layers taken together by their mean."""
-    rows = list(results["shift"])
-    groups: dict[tuple[Any, ...], list[Row]] = {}
-    for row in results["layers"]:
-        groups.setdefault((row["vectors"], row["rope"], row["arithmetic"], row["shift"]), []).append(row)
-    for layers in groups.values():
-        profile = np.mean([row["profile"] for row in layers], axis=0)
-        mean = {key: float(np.mean([row[key] for row in layers])) for key in ("difference", "first_attention")}
+    """Shift tests of vectors and of models; of a model's layers the mean, shares being those of the mean
+    D.
+    """
+    rows = []
+    every = results["shift"] + results["layers"]
+    for row in mean_over_layers(every, "rope", "arithmetic", "shift", "length"):
+        same = _pick(every, **{key: row[key] for key in ("vectors", "rope", "arithmetic", "shift")})
+        profile = np.mean([one["profile"] for one in same], axis=0)
         share = float(profile[0] / profile.sum()) if profile.sum() else float("nan")
-        rows.append(layers[0] | mean | dict(first_share=share, profile=profile.tolist()))
+        rows.append(row | dict(first_share=share, profile=profile.tolist()))
     return rows
+
+
+_MODE_WORDS = {
+    "document_reset": "by, with positions that restart,",
+    "document": "with running positions",
+    "anchor": "with an anchor",
+}
+
+
+def _percent(share: float) -> str:
+    """Two digits, as a percentage."""
+    return f"{100 * float(f'{share:.2g}'):.6g} %"
+
+
+def profile_per_key(row: Row) -> list[float]:
+    """D a key in every bin of a row's profile."""
+    return (np.array(row["profile"]) / np.diff(octaves(int(row["length"])))).tolist()
 
 
 def _pick(rows: list[Row], **wanted: Any) -> list[Row]:
@@ -96,7 +138,7 @@ def _shift(results: dict[str, Any]) -> Iterator[Finding]:
             f"For {source_title(results, source)}, moving all positions from +{results['settings']['reference']} "
             f"to +10,000 changes a query's attention by D = {number(by['transformers'])} in BF16 as transformers "
             f"computes it and by {number(by['fp32'])} in FP32: {_times(ratio, 'as much')}. "
-            f"Our embedding gives {number(by['ours'])}, {_times(by['ours'] / by['transformers'], 'transformers’')}.",
+            f"Our embedding gives {number(by['ours'])}, {_times(by['ours'] / by['transformers'], 'that of transformers')}.",
             "BF16 breaks the invariance of RoPE under a shift of all positions; FP32 does not.",
             _verdict(ratio >= _LARGE),
         )
@@ -104,19 +146,21 @@ def _shift(results: dict[str, Any]) -> Iterator[Finding]:
 
 def _growth(results: dict[str, Any]) -> Iterator[Finding]:
     rows = _pick(shift_rows(results), arithmetic="fused")
-    last = max(results["settings"]["shifts"])
     for source in _sources(rows):
         parts, ratios = [], {}
         for rope in ("transformers", "ours", "fp32"):
             by = {row["shift"]: row["difference"] for row in _pick(rows, vectors=source, rope=rope)}
-            ratios[rope] = by[last] / by[100]
-            grows = "grows to" if ratios[rope] > _SAME else "stays at" if ratios[rope] > 1 / _SAME else "falls to"
-            parts.append(f"{results['ropes'][rope]}: {grows} {_times(ratios[rope], 'that of a shift by 100')}")
+            ratios[rope] = by[10_000] / by[100]
+            further = by[1_000_000] / by[10_000]
+            parts.append(
+                f"{results['ropes'][rope]}: {_times(ratios[rope], 'D at a shift of 100')}, and at 1,000,000 "
+                f"{_times(further, 'D at 10,000')}"
+            )
         yield Finding(
             "shift",
-            f"D of {source_title(results, source)} when the shift grows to {last:,}: {'; '.join(parts)}.",
-            "The deviation of BF16 grows with positions.",
-            _verdict(ratios["ours"] > _SAME),
+            f"D of {source_title(results, source)} at a shift of 10,000 is, in {'; in '.join(parts)}.",
+            "The deviation of BF16 grows with the distance moved.",
+            _verdict(ratios["transformers"] >= _GROWN),
         )
 
 
@@ -125,15 +169,13 @@ def _first_token(results: dict[str, Any]) -> Iterator[Finding]:
     for source in _sources(rows):
         row = _pick(rows, vectors=source)[0]
         share, attention, even = row["first_share"], row["first_attention"], 1 / row["length"]
-        # widths of the profile's bins: 1, 1, 2, 4, ...
-        widths = [1] + [2**i for i in range(len(row["profile"]) - 1)]
-        others = max(part / width for part, width in zip(row["profile"][1:], widths[1:], strict=True))
-        rank = "more than" if row["profile"][0] > others * _SAME else "no more than"
+        others = max(profile_per_key(row)[1:])
+        rank = "the most of all keys" if row["profile"][0] > others else "not the most of all keys"
         yield Finding(
             "first",
-            f"For {source_title(results, source)}, the first token carries {share:.1%} of D at a shift of 10,000 "
-            f"(transformers in BF16), {rank} any other bin of keys a key. It receives {attention:.1%} of the "
-            f"attention; an even share of {row['length']:,} keys would be {even:.2%}.",
+            f"For {source_title(results, source)}, the first token carries {_percent(share)} of D at a shift of 10,000 "
+            f"(transformers in BF16), {rank} (others looked at by octaves). It receives {_percent(attention)} of the "
+            f"attention; an even share of {row['length']:,} keys would be {_percent(even)}.",
             "The first token carries most of the deviation.",
             _verdict(share >= 0.25),
         )
@@ -148,31 +190,31 @@ def _training(results: dict[str, Any]) -> Iterator[Finding]:
     yield Finding(
         "first",
         f"D of {results['models']['trained']} is {_times(ratio, 'that of a random model of its shape')} on the same "
-        f"tokens; the first token receives {by['trained']['first_attention']:.1%} of the attention in the one and "
-        f"{by['random_model']['first_attention']:.1%} in the other.",
+        f"tokens; the first token receives {_percent(by['trained']['first_attention'])} of the attention in the one and "
+        f"{_percent(by['random_model']['first_attention'])} in the other.",
         "Pretraining amplifies the deviation.",
-        _verdict(ratio > _SAME),
+        _verdict(ratio >= _GROWN),
     )
 
 
 def _logit(results: dict[str, Any]) -> Iterator[Finding]:
     far, near = max(results["settings"]["distances"]), 1024
-    for source in _sources(results["logit"]):
+    rows = mean_over_layers(results["logit"], "rope", "distance")
+    for source in _sources(rows):
         parts, ratios = [], {}
         for rope in ("fp32", "transformers", "ours"):
-            by = {row["distance"]: row for row in _pick(results["logit"], vectors=source, rope=rope)}
-            ratios[rope] = by[far]["error"] / by[near]["error"]
+            by = {row["distance"]: row["error"] for row in _pick(rows, vectors=source, rope=rope)}
+            ratios[rope] = by[far] / by[near]
             parts.append(
-                f"{results['ropes'][rope]}: {number(by[far]['error'])}, "
-                f"{_times(ratios[rope], f'that at {near:,}')}"
+                f"{results['ropes'][rope]}: {number(by[far])}, {_times(ratios[rope], f'that at {near:,}')}"
             )
-        size = _pick(results["logit"], vectors=source, distance=far)[0]["logit"]
+        size = _pick(rows, vectors=source, distance=far)[0]["logit"]
         yield Finding(
             "logit",
             f"The first token's score seen from {far:,} tokens away ({source_title(results, source)}; the score "
             f"itself is {number(size)}) is off from FP64 by: {'; '.join(parts)}.",
             "The first token's score deviates more the longer the sequence.",
-            _verdict(ratios["transformers"] > _SAME),
+            _verdict(ratios["transformers"] >= _GROWN),
         )
 
 
@@ -183,52 +225,52 @@ def _length(results: dict[str, Any]) -> Iterator[Finding]:
         ratio = by[last]["difference"] / by[first]["difference"]
         yield Finding(
             "length",
-            f"The last queries of {last:,} {source_title(results, source)} have a D of "
+            f"The last queries of {last:,} tokens ({source_title(results, source)}) have a D of "
             f"{number(by[last]['difference'])} (transformers in BF16), {_times(ratio, f'that of {first:,}')}. The "
-            f"first token's share of it is {by[last]['first_share']:.2%}, of attention "
-            f"{by[last]['first_attention']:.2%} (at {first:,}: {by[first]['first_share']:.2%} and "
-            f"{by[first]['first_attention']:.2%}).",
+            f"first token's share of it is {_percent(by[last]['first_share'])}, of attention "
+            f"{_percent(by[last]['first_attention'])} (at {first:,}: {_percent(by[first]['first_share'])} and "
+            f"{_percent(by[first]['first_attention'])}).",
             "The deviation accumulates as the sequence grows.",
-            _verdict(ratio > _SAME),
+            _verdict(ratio >= _GROWN),
         )
 
 
 def _modes(results: dict[str, Any]) -> Iterator[Finding]:
-    for source in _sources(results["modes"]):
-        rows = [row for row in _pick(results["modes"], vectors=source) if row["offset"] > 0]
-        mean = {
-            (mode, rope): float(np.mean([row["error"] for row in _pick(rows, mode=mode, rope=rope)]))
-            for mode in ("document_reset", "document", "anchor")
-            for rope in ("transformers", "ours")
-        }
-        ratio = mean["anchor", "ours"] / mean["document", "ours"]
+    every = mean_over_layers([row for row in results["modes"] if row["offset"] > 0], "mode", "rope")
+    for source in _sources(every):
+        rows = _pick(every, vectors=source)
+        error = {(row["mode"], row["rope"]): row["error"] for row in rows}
+        ratio = error["anchor", "ours"] / error["document", "ours"]
         listed = ", ".join(
-            f"{mode} {number(mean[mode, 'ours'])} ({number(mean[mode, 'transformers'])})"
-            for mode in ("document_reset", "document", "anchor")
+            f"{words} {number(error[mode, 'ours'])} ({number(error[mode, 'transformers'])})"
+            for mode, words in _MODE_WORDS.items()
         )
         yield Finding(
             "modes",
-            f"A document deep in its window ({source_title(results, source)}) departs from FP64 at its own positions "
-            f"by, in our embedding (in transformers’): {listed}. With the first token fixed at position 0 that is "
-            f"{_times(ratio, 'what it is where the first token’s position runs on')}.",
+            f"A document deep in its window ({source_title(results, source)}) departs from FP64 at the same "
+            f"positions, with our embedding (in brackets: transformers), {listed}. The anchor's is "
+            f"{_times(ratio, 'that of running positions')}.",
             "An anchor at a fixed position reduces the deviation.",
             _verdict(ratio < 1 / _SAME),
         )
 
 
 def _moved(results: dict[str, Any]) -> Iterator[Finding]:
-    for source in _sources(results["modes"]):
-        rows = _pick(results["modes"], vectors=source, rope="ours", offset=max(results["settings"]["offsets"]))
-        by = {row["mode"]: row for row in rows}
-        rounding = by["document"]["moved"]
-        meant = by["anchor"]["moved_exact"]
+    rows = mean_over_layers(results["modes"], "mode", "rope", "offset")
+    far = max(results["settings"]["offsets"])
+    for source in _sources(rows):
+        by = {row["mode"]: row for row in _pick(rows, vectors=source, rope="ours", offset=far)}
+        rounding, meant = by["document"]["moved"], by["anchor"]["moved_exact"]
+        exact = by["document"]["moved_exact"]
+        whose = "so it is all rounding" if exact < rounding / 1000 else "so it is not rounding alone"
         yield Finding(
             "modes",
-            f"Moved {by['anchor']['offset']:,} tokens into its window, the document of {source_title(results, source)} "
-            f"attends differently by {number(by['document_reset']['moved'])} where positions restart, by "
-            f"{number(rounding)} where they run on (rounding alone: {number(by['document']['moved_exact'])} in FP64) "
-            f"and by {number(by['anchor']['moved'])} with an anchor ({number(meant)} in FP64, since the distance to "
-            f"the anchor did change). The anchor's own move is {_times(meant / rounding, 'that rounding')}.",
+            f"Moved {far:,} tokens into its window, a document ({source_title(results, source)}) attends "
+            f"differently by D = {number(by['document_reset']['moved'])} where positions restart, "
+            f"{number(rounding)} where they run on (in FP64 {number(exact)}: {whose}) "
+            f"and {number(by['anchor']['moved'])} with an anchor (in FP64 {number(meant)}: the distance "
+            f"to the anchor did change). What the anchor's distance changes is "
+            f"{_times(meant / rounding, 'that rounding')}.",
         )
 
 
@@ -237,7 +279,9 @@ def _ropes(results: dict[str, Any]) -> Iterator[Finding]:
         if rope in ("fp32", "bf16_angles"):
             continue
         by = {row["position"]: row for row in _pick(results["rope"], rope=rope)}
-        listed = ", ".join(f"{number_of(by[p]['multiple'])} at {p:,}" for p in (131_072, 1_048_576, 4_194_304))
+        listed = ", ".join(
+            f"{_multiple(by[p]['multiple'])} at {p:,}" for p in (131_072, 1_048_576, 4_194_304)
+        )
         worst = max(row["multiple"] for row in by.values())
         kind = (
             "nothing is lost but the rounding of the result"
@@ -249,7 +293,7 @@ def _ropes(results: dict[str, Any]) -> Iterator[Finding]:
         yield Finding("rope", f"{title}: error of {listed} roundings: {kind}.")
 
 
-def number_of(multiple: float) -> str:
+def _multiple(multiple: float) -> str:
     """A multiple of one rounding, to three decimals up to 10."""
     return f"{multiple:.3f}" if multiple < 10 else f"{multiple:.0f}"
 
@@ -285,8 +329,8 @@ def _kernel(results: dict[str, Any]) -> Iterator[Finding]:
         one, two = by["ours"]["moved"], by["transformers"]["moved"]
         yield Finding(
             "kernel",
-            f"The output of the kernel {rows[0]['kernel']} on {length:,} {source_title(results, source)} changes under "
-            f"a shift to 100,000 by {number(one)} of its size with our embedding, {_times(one / two, 'what it does')} "
-            f"with transformers’ ({number(two)}). Its last outputs are off from FP64 by {number(by['ours']['error'])} "
+            f"The output of the kernel {rows[0]['kernel']} on {length:,} tokens ({source_title(results, source)}) changes "
+            f"under a shift to 100,000 by {number(one)} of its size with our embedding, {_times(one / two, 'that')} "
+            f"with the embedding of transformers ({number(two)}). Its last outputs are off from FP64 by {number(by['ours']['error'])} "
             f"and {number(by['transformers']['error'])}.",
         )

@@ -1,7 +1,7 @@
 """All measurements of one report, on one machine: what is measured on what, and in which order.
 
-The results are plain numbers: {"settings": ..., "shift": [row, ...], "length": ..., "logit": ..., "modes": ...,
-"kernel": ..., "rope": ..., "layers": ...}. `findings` and `report` read nothing else.
+The results are plain numbers: {"settings": ..., "shift": [row, ...], "length": ..., "logit": ..., "modes":
+..., "kernel": ..., "rope": ..., "layers": ...}. `findings` and `report` read nothing else.
 """
 
 from __future__ import annotations
@@ -52,10 +52,25 @@ class Settings:
     far_rows: int = 16  # queries looked at in sequences of `lengths`
     seed: int = 0
 
+    @classmethod
+    def up_to(cls, length: int, *, seed: int) -> Settings:
+        """The defaults with sequences, distances and offsets up to `length`; ValueError below 2,048."""
+        if length < 2048:
+            raise ValueError(f"length: got {length}, expected at least 2048")
+
+        def cut(defaults: tuple[int, ...]) -> tuple[int, ...]:
+            return (*(value for value in defaults if value < length), length)
+
+        return cls(
+            lengths=cut(cls.lengths), distances=cut(cls.distances), offsets=cut(cls.offsets), seed=seed
+        )
+
 
 @dataclass(frozen=True)
 class Subject:
-    """A model to measure: `probe` around it, `tokens` int64 [T] for it, `name` in tables, `title` in words."""
+    """A model to measure: `probe` around it, `tokens` int64 [T] for it, `name` in tables, `title` in
+    words.
+    """
 
     name: str
     title: str
@@ -92,7 +107,9 @@ def measure(
     results["shift"] = [row for one in both for row in _shift(one, ropes, settings)]
     say(f"lengths up to {max(settings.lengths):,}")
     looked_at = [rope for rope in ropes if rope.name in _LOOKED_AT]
-    options = dict(reference=settings.reference, shift=100_000, lengths=settings.lengths, rows=settings.far_rows)
+    options = dict(
+        reference=settings.reference, shift=100_000, lengths=settings.lengths, rows=settings.far_rows
+    )
     far_both = (far, sink_vectors(far, span=span))
     results["length"] = [row for one in far_both for row in length_test(one, looked_at, **options)]
     say("the first token's score by distance")
@@ -111,7 +128,9 @@ def measure(
     return results
 
 
-def _measure_model(results: dict[str, Any], subject: Subject, ropes: Sequence[Rope], settings: Settings) -> None:
+def _measure_model(
+    results: dict[str, Any], subject: Subject, ropes: Sequence[Rope], settings: Settings
+) -> None:
     """Adds a model's rows to every table that has room for them."""
     chosen = [rope for rope in ropes if rope.name not in ("megatron", "ours_unfused")]
     options = dict(
@@ -119,9 +138,7 @@ def _measure_model(results: dict[str, Any], subject: Subject, ropes: Sequence[Ro
     )
     results["layers"] += model_shift_test(subject.probe, subject.tokens, chosen, **options)
     eager = [rope for rope in chosen if rope.name == "transformers"]
-    results["layers"] += model_shift_test(
-        subject.probe, subject.tokens, eager, arithmetic="eager", **options
-    )
+    results["layers"] += model_shift_test(subject.probe, subject.tokens, eager, arithmetic="eager", **options)
     exact = next(rope for rope in ropes if rope.name == "fp32")
     layers = subject.probe.vectors(subject.tokens, exact, name=subject.name)
     picked = np.unique(np.linspace(0, len(layers) - 1, min(_MODEL_LAYERS, len(layers))).astype(int))
@@ -148,4 +165,3 @@ def _logit(vectors: Vectors, ropes: Sequence[Rope], settings: Settings) -> list[
 
 def _modes(vectors: Vectors, ropes: Sequence[Rope], settings: Settings) -> list[Row]:
     return mode_test(vectors, ropes, offsets=settings.offsets, rows=settings.rows)
-

@@ -1,8 +1,9 @@
 """The measurements inside a transformers model: the embedding taken out of it, ours and others' put in.
 
-transformers turns queries and keys before it calls the attention function. `Probe` gives the model a rotary module
-that turns by nothing (cosine 1, sine 0: exact in any precision) and an attention function that turns them itself,
-by the implementation and for the positions of the run at hand, and keeps the weights of a few query rows.
+transformers turns queries and keys before it calls the attention function. `Probe` gives the model a rotary
+module that turns by nothing (cosine 1, sine 0: exact in any precision) and an attention function that turns
+them itself, by the implementation and for the positions of the run at hand, and keeps the weights of a few
+query rows.
 
     probe = Probe(model, frequencies, scale_factor=1.0)
     before, after = (probe.run(tokens, rope, positions + d, rows) for d in (16, 100_000))
@@ -86,7 +87,9 @@ class Probe:
     def _run(self, tokens: Tensor, rope: Rope, positions: Tensor, rows: Tensor, arithmetic: str) -> _Run:
         from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-        ALL_ATTENTION_FUNCTIONS[_NAME] = self._attend  # the table is the process's: other probes write there too
+        ALL_ATTENTION_FUNCTIONS[_NAME] = (
+            self._attend
+        )  # the table is the process's: other probes write there too
         self.model.to(rope.dtype)
         self._now = _Run(rope, positions, rows, arithmetic)
         self.model.model(input_ids=tokens[None], use_cache=False)
@@ -129,7 +132,9 @@ def model_shift_test(
     rows: int = 64,
     arithmetic: str = "fused",
 ) -> list[Row]:
-    """`experiments.shift_test` of a whole model: each layer works on what the ones before made of the shift."""
+    """`experiments.shift_test` of a whole model: each layer works on what the ones before made of the
+    shift.
+    """
     places = torch.arange(tokens_T.numel(), device=tokens_T.device)
     chosen = spread_rows(places.numel(), rows, places.device)
     found = []

@@ -1,7 +1,8 @@
 """Rotary embedding as different programs compute it, behind one signature.
 
-A pair (x1, x2) at position p turns by the angle a = p * frequency. What differs between programs is how `a` is
-made and where results are rounded; pair of frequency 1 at position 1,048,575, x = (1, 0), exact cosine -0.60319:
+A pair (x1, x2) at position p turns by the angle a = p * frequency. What differs between programs is how `a`
+is made and where results are rounded; pair of frequency 1 at position 1,048,575, x = (1, 0), exact cosine
+-0.60319:
 
     FP64 product, reduced mod 2 pi, FP32 cosine          -0.60319
     FP32 product of position and frequency               exact for frequency 1; off by up to 0.06 rad for others
@@ -22,7 +23,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-__all__ = ["EXACT", "Rope", "fp32_angles", "published_ropes", "reduced_angles", "te_kernel_ropes", "turn_once"]
+__all__ = [
+    "EXACT",
+    "Rope",
+    "fp32_angles",
+    "published_ropes",
+    "reduced_angles",
+    "te_kernel_ropes",
+    "turn_once",
+]
 
 Angles = Callable[[Tensor, Tensor], Tensor]
 Turn = Callable[[Tensor, Tensor], Tensor]
@@ -33,8 +42,8 @@ class Rope:
     """One way to compute the embedding.
 
     name: in tables and files. title: in words. dtype: of vectors in and out. angles: (positions int64 [T],
-    frequencies fp64 [H/2]) -> [T, H/2]. turn: (x [T, N, H], angles [T, H/2]) -> [T, N, H], the halves of H being
-    the pairs' first and second members.
+    frequencies fp64 [H/2]) -> [T, H/2]. turn: (x [T, N, H], angles [T, H/2]) -> [T, N, H], the halves of H
+    being the pairs' first and second members.
     """
 
     name: str
@@ -59,7 +68,9 @@ def fp32_angles(positions_T: Tensor, frequencies: Tensor) -> Tensor:
 
 
 def bf16_angles(positions_T: Tensor, frequencies: Tensor) -> Tensor:
-    """Factors and product in BF16: what becomes of FP32 code when a whole model, buffers included, is cast."""
+    """Factors and product in BF16: what becomes of FP32 code when a whole model, buffers included, is
+    cast.
+    """
     return torch.outer(positions_T.bfloat16(), frequencies.bfloat16())
 
 
@@ -113,7 +124,9 @@ def published_ropes() -> tuple[Rope, ...]:
         Rope("fp32", "FP32, angles from an FP32 product", torch.float32, fp32_angles, turn_once),
         Rope("transformers", "BF16, transformers", half, fp32_angles, turn_transformers),
         Rope("megatron", "BF16, Megatron-Core unfused", half, fp32_angles, turn_megatron),
-        Rope("te", "BF16, TransformerEngine fused, angles from an FP32 product", half, fp32_angles, turn_once),
+        Rope(
+            "te", "BF16, TransformerEngine fused, angles from an FP32 product", half, fp32_angles, turn_once
+        ),
         Rope("ours", "BF16, fused, our angles (FP64, reduced)", half, reduced_angles, turn_once),
         Rope("ours_unfused", "BF16, Megatron-Core unfused, our angles", half, reduced_angles, turn_megatron),
         Rope("bf16_angles", "BF16, the angles too", half, bf16_angles, turn_transformers),
@@ -122,7 +135,9 @@ def published_ropes() -> tuple[Rope, ...]:
 
 @functools.cache
 def te_kernel_ropes() -> tuple[Rope, ...]:
-    """TransformerEngine's real kernel with either kind of angles; empty without a GPU or TransformerEngine."""
+    """TransformerEngine's real kernel with either kind of angles; empty without a GPU or
+    TransformerEngine.
+    """
     if not torch.cuda.is_available() or importlib.util.find_spec("transformer_engine") is None:
         return ()
     half = torch.bfloat16

@@ -1,9 +1,10 @@
-"""Queries and keys to measure on when there is no model: seeded random ones, with or without an attention sink.
+"""Queries and keys to measure on when there is no model: seeded random ones, with or without an attention
+sink.
 
-Random vectors spread attention evenly. Trained models do not: much of it goes to the first token, because queries
-share a direction that the first key points in. `sink_vectors` plants that: a common direction u, in pairs that
-hardly turn within the sequence, is added to every query and to the first key, so that this key's weight is about
-one half at any distance up to the length.
+Random vectors spread attention evenly. Trained models do not: much of it goes to the first token, because
+queries share a direction that the first key points in. `sink_vectors` plants that: a common direction u, in
+pairs that hardly turn within the sequence, is added to every query and to the first key, so that this key's
+weight is about one half at any distance up to the length.
 
 Legend: T tokens, N query heads, G key/value heads, H head dim.
 """
