@@ -12,9 +12,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
+from anchor_megatron.data.assemble import Labels
 from anchor_megatron.data.documents import Documents, Summary
-from anchor_megatron.data.packing import WindowDataset, window_starts
+from anchor_megatron.data.packing import WindowDataset
 from anchor_megatron.data.sampler import window_indices
+from anchor_megatron.data.stream import window_starts
 from anchor_megatron.data.window import Window
 
 ANCHOR = 1
@@ -147,7 +149,7 @@ def test_a_window_is_a_function_of_seed_and_number(tmp_path: Path) -> None:
 def test_the_last_window_of_an_epoch_is_padded_and_counted(tmp_path: Path) -> None:
     documents = write_documents(tmp_path / "set", [5])
     (window,) = epoch_windows(WindowDataset(documents, seq_length=10, anchor_token=ANCHOR, seed=0), 0)
-    assert window.padding_tokens == 4 and list(window.document_ids) == [0, -1]
+    assert window.counts.padding == 4 and list(window.document_ids) == [0, -1]
     assert list(window.loss_mask) == [False, True, True, True, True] + [False] * 5
 
 
@@ -155,7 +157,7 @@ def test_the_anchor_learns_the_first_token_only_where_asked(tmp_path: Path) -> N
     documents = write_documents(tmp_path / "set", [15, 15])
     arguments = dict(seq_length=9, anchor_token=ANCHOR, seed=0)
     plain = epoch_windows(WindowDataset(documents, **arguments), 0)
-    trained = epoch_windows(WindowDataset(documents, **arguments, anchor_loss=True), 0)
+    trained = epoch_windows(WindowDataset(documents, **arguments, labels=Labels(anchor_loss=True)), 0)
     found = []
     for window, other in zip(plain, trained, strict=True):
         added = np.flatnonzero(other.loss_mask != window.loss_mask)
@@ -178,12 +180,15 @@ def test_a_steps_windows_do_not_depend_on_the_number_of_replicas(replicas: int) 
 
 def test_starts_hold_over_many_blocks_of_guesses() -> None:
     lengths = np.random.default_rng(0).integers(1, 60, 20_000)
-    borders = np.concatenate([[0], np.cumsum(lengths + 1)])
+    borders, leads = np.concatenate([[0], np.cumsum(lengths)]), np.ones(lengths.size, dtype=np.int64)
     for seq_length in (2, 7, 64, 4096):
-        found, at = [], 0
-        on_border = np.zeros(borders[-1] + seq_length + 1, dtype=bool)
-        on_border[borders] = True
-        while at < borders[-1]:
-            found.append(at)
-            at += seq_length - (not on_border[at + seq_length])
-        assert window_starts(borders, seq_length).tolist() == found
+        found, taken, room = [0], 0, seq_length
+        for length in lengths.tolist():
+            left = length
+            while left:
+                if room < 2:
+                    found.append(taken)
+                    room = seq_length
+                tokens = min(room - 1, left)
+                taken, left, room = taken + tokens, left - tokens, room - tokens - 1
+        assert window_starts(borders, leads, seq_length=seq_length).tolist() == [*found, taken]

@@ -33,7 +33,7 @@ ROOT = Path(__file__).resolve().parent.parent
 FIGURES = {
     "step", "loss", "grad_norm", "learning_rate", "seconds_per_step", "tokens_per_second", "tflops_per_rank",
     "mfu", "loss_tokens", "tokens", "documents", "padding_tokens", "balance", "received_tokens_per_rank",
-    "skipped_steps",
+    "skipped_steps", "cut_documents", "joined_documents", "dropped_documents", "tag_tokens", "batch_balance",
 }  # fmt: skip
 
 

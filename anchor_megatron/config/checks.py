@@ -6,14 +6,21 @@ data_parallel_size(config, 8)       holds it against the number of ranks
 
 from __future__ import annotations
 
+import logging
 from operator import attrgetter
 
 from anchor_megatron.config.fields import Config
 
 __all__ = ["check_config", "data_parallel_size"]
 
+_log = logging.getLogger(__name__)
+
 _CHOICES = {
     "data.mode": ("full", "document", "document_reset", "anchor"),
+    "data.sampler": ("plain", "upsample_long"),
+    "data.end_label": ("masked", "eos"),
+    "data.short_documents": ("drop", "join"),
+    "data.packing": ("plain", "best_fit", "balanced"),
     "attention.placement": ("document", "zigzag", "contiguous"),
     "attention.exchange": ("sparse",),
     "optimizer.decay": ("constant", "linear", "cosine"),
@@ -34,6 +41,9 @@ _AT_LEAST_ONE = (
     "model.num_experts",
     "model.moe_topk",
     "data.seq_length",
+    "data.long_tokens",
+    "data.max_documents",
+    "data.packing_lookahead",
     "parallel.tensor",
     "parallel.pipeline",
     "parallel.context",
@@ -43,10 +53,15 @@ _AT_LEAST_ONE = (
     "train.stop_after",
     "train.micro_batch_size",
     "train.global_batch_size",
+    "train.eval_steps",
     "log.interval",
 )
 _AT_LEAST_ZERO = (
     "data.num_workers",
+    "data.eos_token",
+    "data.interleave",
+    "data.min_document_tokens",
+    "train.eval_interval",
     "optimizer.warmup_steps",
     "optimizer.clip_grad",
     "train.seed",
@@ -67,6 +82,7 @@ def check_config(config: Config) -> None:
                 raise ValueError(f"{name}: got {got}, expected at least {least}")
     _check_model(config)
     _check_tokens(config)
+    _check_data(config)
 
 
 def _check_model(config: Config) -> None:
@@ -103,6 +119,29 @@ def _check_tokens(config: Config) -> None:
         if config.train.precision != "bf16":
             raise ValueError(f"train.precision: got {config.train.precision}, expected bf16 with train.fp8")
         _expect_multiple(whose, rows, "16 (for train.fp8)", 16)
+
+
+def _check_data(config: Config) -> None:
+    """Splits and samplers; warns of data fields that the rest of the configuration makes idle."""
+    data, train = config.data, config.train
+    split = data.split
+    if len(split) != 3 or min(split) < 0 or not split[0] or abs(sum(split) - 1) > 1e-6:
+        raise ValueError(f"data.split: got {split}, expected three shares (train, valid, test) that sum to 1")
+    if train.eval_interval and not split[1]:
+        raise ValueError(
+            f"train.eval_interval: got {train.eval_interval} without validation documents, expected 0 or a "
+            "second share in data.split"
+        )
+    if data.long_weight <= 0:
+        raise ValueError(f"data.long_weight: got {data.long_weight}, expected a number above 0")
+    if data.interleave and data.mode == "document_reset":
+        _log.warning(
+            "data.interleave: positions of document_reset start in each document, so it changes nothing"
+        )
+    if data.short_documents == "join" and not data.min_document_tokens:
+        _log.warning("data.short_documents: join is ignored, as data.min_document_tokens is 0")
+    if data.eos_token is not None and data.end_label != "eos":
+        _log.warning("data.eos_token: ignored, as data.end_label is %s", data.end_label)
 
 
 def data_parallel_size(config: Config, world_size: int) -> int:

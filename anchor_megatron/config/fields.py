@@ -70,8 +70,19 @@ class ModelConfig:
 class DataConfig:
     """Documents on disk and how they are packed into windows."""
 
-    train: str = "???"
-    """Prefix of the training set that tools/preprocess_data.py wrote (prefix.bin, .idx and .json)."""
+    train: Any = "???"
+    """Prefix of the training set that tools/preprocess_data.py wrote (prefix.bin, .idx and .json), or a list
+    of {prefix: ..., weight: ...}: data sets blended in every window, at these shares of the tokens."""
+    split: list[float] = field(default_factory=lambda: [1.0, 0.0, 0.0])
+    """Shares of the documents for training, validation (train.eval_interval) and a test after the last step.
+    A document's split is the same in every run."""
+    sampler: str = "plain"
+    """Which documents an epoch takes: plain (each once) or upsample_long (long ones more often, each source's
+    share of the tokens as before)."""
+    long_tokens: int = 4096
+    """upsample_long: documents of more tokens than this are long."""
+    long_weight: float = 5.0
+    """upsample_long: how many times as often a long document comes as a shorter one of its source."""
     seq_length: int = 1024
     """Tokens of one window, the documents' anchors included."""
     mode: str = "anchor"
@@ -79,7 +90,28 @@ class DataConfig:
     anchor_token: int | None = None
     """Token id that leads every document; the data set's own where null (the tokenizer's BOS, else EOS)."""
     anchor_loss: bool = False
-    """Let a document's anchor be trained to predict its first token."""
+    """Let a document's anchor (its tag's end, where there are tags) be trained to predict its first token."""
+    end_label: str = "masked"
+    """What a document's last token is trained to predict: masked (nothing; right where documents were stored
+    with their end-of-text token) or eos (eos_token, which is a label alone and takes no room)."""
+    eos_token: int | None = None
+    """Token id of end_label eos; the EOS of the data set's tokenizer where null."""
+    domain_tag: bool = False
+    """Begin each document, behind its anchor, with the name of its source, on which nothing is trained."""
+    interleave: int = 0
+    """Cut documents at random places into chunks of this many tokens on average and shuffle the chunks in the
+    window; a document's own stay in order, attention stays inside documents. 0: documents stay whole."""
+    min_document_tokens: int = 0
+    """Documents of fewer tokens are short."""
+    short_documents: str = "drop"
+    """What becomes of short documents: drop or join (with others of their source, behind one anchor)."""
+    max_documents: int | None = None
+    """Most documents of a window, joined ones counting as one; the rest is padding. null: as many as fit."""
+    packing: str = "plain"
+    """How documents fill windows: plain (end to end), best_fit (fewer are cut) or balanced (windows of a
+    global batch have near-equal attention areas)."""
+    packing_lookahead: int = 8
+    """best_fit, balanced: global batches whose documents are rearranged together."""
     num_workers: int = 2
     """Loader processes a rank, which pack and plan ahead of the training loop; 0: in the loop itself."""
 
@@ -159,6 +191,10 @@ class TrainConfig:
     Needs TransformerEngine and precision bf16; attention and loss stay in bf16."""
     fp8_recipe: str = "delayed"
     """How FP8 tensors are scaled: delayed (from the steps before), tensorwise (now) or blockwise."""
+    eval_interval: int = 0
+    """Steps between validation losses over the documents of data.split's second share; 0: none."""
+    eval_steps: int = 8
+    """Global batches of a validation or test loss; the same windows each time."""
     seed: int = 1234
     """Seed of the weights and of the documents' order."""
     recompute: str = "none"

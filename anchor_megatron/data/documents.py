@@ -2,6 +2,7 @@
 
     prefix.bin     token ids, one document after another        prefix.idx    where each begins
     prefix.json    what preprocessing counted and chose: documents, tokens, vocabulary, anchor token
+    prefix_sources.npy    the source of each document, by its place among prefix.json's; not every set has it
 
 Documents are stored without anchors; packing adds them. Three documents "5 6 7", "8 9" and "4" of two-byte
 tokens make a .bin of 12 bytes, `lengths` 3 2 1, and `tokens([2, 0], [0, 1], [1, 3])` gives 4 6 7.
@@ -70,7 +71,8 @@ def tokenizer_folder(prefix: str | Path) -> Path:
 class Documents:
     """The documents under a prefix. Opening reads the index alone; tokens are mapped, not loaded.
 
-    lengths  int64 [documents], in tokens
+    lengths           int64 [documents], in tokens
+    document_sources  integers [documents], entries of summary.sources; None where the set has none
 
     `vocab_size` is the model's; ids are checked against it (the tokenizer's where None), all of them by the
     summary on opening and those that are read once more. Raises ValueError naming the file for what is
@@ -106,12 +108,25 @@ class Documents:
             raise ValueError(f"{self.prefix}.bin: got no tokens, expected at least one document")
         self._tokens = np.asarray(np.memmap(self.prefix + ".bin", dtype=self._dtype, mode="r"))
         self.lengths = np.diff(self._starts)
+        self.document_sources = self._read_sources()
         counted, told = (len(self), int(ends[-1])), (self.summary.documents, self.summary.tokens)
         if counted != told:
             raise ValueError(
                 f"{self.prefix}.json: got {told[0]} documents of {told[1]} tokens, expected {counted[0]} of "
                 f"{counted[1]} as the index beside it counts: they are of different data sets"
             )
+
+    def _read_sources(self) -> np.ndarray | None:
+        path, names = self.prefix + "_sources.npy", self.summary.sources
+        if not os.path.isfile(path):
+            return None
+        found = np.load(path)
+        if found.shape != (len(self),) or found.dtype.kind not in "iu" or found.max() >= len(names):
+            raise ValueError(
+                f"{path}: got {found.dtype} {found.shape}, expected for each of {len(self)} documents an "
+                f"entry of the {len(names)} sources in {self.prefix}.json"
+            )
+        return found
 
     def __len__(self) -> int:
         return self.lengths.size

@@ -1,155 +1,182 @@
 """Documents packed into windows; any window of any epoch can be asked for directly.
 
-An epoch is a shuffled order of all documents, laid out as one stream of slots: an anchor, then the document's
-tokens. Two documents of 3 and 4 tokens (slots a x y z | a p q r s), windows of 5:
+    seed, epoch -> order of documents -> Stream    -> pieces of a window -> Window
+                   recipe.py             stream.py    arrange.py            assemble.py
 
-    window 0   a x y z a     the last slot holds an anchor alone: padding; window 1 begins at this slot again
+Plain packing lays documents end to end, each behind an anchor, and cuts them where a window is full; what is
+cut goes on behind an anchor of its own. Two documents of 3 and 4 tokens, windows of 5:
+
+    window 0   a x y z a     the last slot holds an anchor alone: padding
     window 1   a p q r s
 
-Windows of 4 would be a x y z | a p q r | a s . . as a cut document goes on behind an anchor of its own.
+Windows of 4 would be a x y z | a p q r | a s . . (padding, as the epoch is over). `Packing.kind` may look
+ahead (arrange.py) over blocks of windows, and `interleave` shuffles chunks inside a window (interleave.py).
 
-So window n+1 begins at the slot where window n ends, or one before it where that cuts a document: the slot
-before the first new token shows the anchor. Starts are a stride of S-1 but for the windows that end exactly
-with a document. Every token of every document appears once an epoch, and every token but a document's first
-is a label once; the slots behind the last document are padding.
+Every token of every document that an epoch takes appears once in it, and every token but a document's first
+is a label once. A window is a function of (documents, options, seed, its number) alone.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
+from anchor_megatron.data.arrange import arrange
+from anchor_megatron.data.assemble import Labels, Leads, assemble, ranges
+from anchor_megatron.data.corpus import Corpus
 from anchor_megatron.data.documents import Documents
+from anchor_megatron.data.interleave import interleaved_slots
+from anchor_megatron.data.recipe import Recipe, make_groups
+from anchor_megatron.data.seeds import INTERLEAVE, REPACK, generator
+from anchor_megatron.data.stream import Pieces, Stream, lay_out
 from anchor_megatron.data.window import Window
 
-__all__ = ["WindowDataset", "window_starts"]
-
-_BLOCK = 64  # windows whose starts are guessed at once; twice as many after each block that was right
+__all__ = ["Packing", "WindowDataset"]
 
 
 @dataclass(frozen=True)
-class _Epoch:
-    """order int64 [d]: documents; borders int64 [d+1]: their first slots; starts int64 [w]: the windows'
-    first slots.
+class Packing:
+    """How documents fill windows.
+
+    kind           plain, best_fit or balanced; the others rearrange blocks of `lookahead` global batches of
+    batch_windows  windows each
+    most_units     documents a window at most; None: as many as fit
+    shortest       documents of fewer tokens are left out, or
+    join_short     joined to units of at least as many
+    interleave     mean tokens of the chunks that are shuffled in a window; 0: documents stay whole
     """
 
-    order: np.ndarray
-    borders: np.ndarray
-    starts: np.ndarray
+    kind: str = "plain"
+    lookahead: int = 8
+    batch_windows: int = 1
+    most_units: int | None = None
+    shortest: int = 0
+    join_short: bool = False
+    interleave: int = 0
 
 
 class WindowDataset:
-    """Windows of `seq_length` tokens, anchors included, over endless epochs: a function of (documents, seed,
-    n) alone.
-    """
+    """Windows of `seq_length` tokens, anchors included, over endless epochs."""
 
     def __init__(
         self,
-        documents: Documents,
+        documents: Documents | Corpus,
         *,
         seq_length: int,
         anchor_token: int,
         seed: int,
-        anchor_loss: bool = False,
+        labels: Labels = Labels(),  # noqa: B008
+        packing: Packing = Packing(),  # noqa: B008
+        tags: list[list[int]] | None = None,
+        recipe: Recipe | None = None,
     ) -> None:
-        """`anchor_loss`: the anchor before a document's first token is trained to predict it.
+        """`tags`: tokens behind the anchor, of every source of the corpus. `recipe`: the documents' order; of
+        all documents, shuffled, where None.
 
-        ValueError where a window could not hold an anchor and a token.
+        ValueError where a window could not hold an anchor, a tag and a token, or all documents are too short.
         """
-        if seq_length < 2:
+        self.corpus = documents if isinstance(documents, Corpus) else Corpus([documents])
+        self.leads, self.labels, self.packing = Leads(anchor_token, tags), labels, packing
+        longest_lead = int(self.leads.lengths.max())
+        if seq_length <= longest_lead:
+            what = "an anchor and a token" if tags is None else "an anchor, the longest tag and a token"
             raise ValueError(
-                f"data.seq_length: got {seq_length}, expected at least 2 (an anchor and a token)"
+                f"data.seq_length: got {seq_length}, expected at least {longest_lead + 1} ({what})"
             )
-        self.documents, self.seq_length, self.seed = documents, seq_length, seed
-        self.anchor_token, self.anchor_loss = anchor_token, anchor_loss
-        self._epochs: dict[int, _Epoch] = {}
+        self.seq_length, self.seed = seq_length, seed
+        self.recipe = recipe or Recipe(
+            make_groups(self.corpus, weights=[1.0] * len(self.corpus.sets)), seed=seed
+        )
+        self._streams: dict[int, Stream] = {}
+        self._blocks: dict[tuple[int, int], list[Pieces]] = {}
         self._first_windows = [0]  # of epochs 0, 1, ...; grows as later ones are asked for
 
     def __getitem__(self, n: int) -> Window:
         epoch, index = self.locate(n)
-        return self._assemble(self._epoch(epoch), index)
+        stream = self._stream(epoch)
+        pieces = self._pieces(epoch, index)
+        window = assemble(
+            self.corpus, stream, pieces, seq_length=self.seq_length, leads=self.leads, labels=self.labels
+        )
+        passed = np.searchsorted(stream.dropped, stream.windows[index : index + 2], side="right")
+        passed[0] *= index > 0
+        window = replace(window, counts=replace(window.counts, dropped=int(passed[1] - passed[0])))
+        return self._interleaved(window, stream.leads[pieces.unit], n) if self.packing.interleave else window
 
     def locate(self, n: int) -> tuple[int, int]:
         """(epoch, window within it) of window `n` >= 0."""
         while n >= self._first_windows[-1]:
             epoch = len(self._first_windows) - 1
-            self._first_windows.append(self._first_windows[-1] + self._epoch(epoch).starts.size)
+            self._first_windows.append(self._first_windows[-1] + self.windows_per_epoch(epoch))
         epoch = int(np.searchsorted(self._first_windows, n, side="right")) - 1
         return epoch, n - self._first_windows[epoch]
 
     def windows_per_epoch(self, epoch: int) -> int:
         """Windows of an epoch; it varies a little, as documents are cut at other places."""
-        return self._epoch(epoch).starts.size
+        return self._stream(epoch).windows.size - 1
 
-    def _epoch(self, epoch: int) -> _Epoch:
-        if epoch not in self._epochs:
-            lengths = self.documents.lengths
-            shuffled = np.random.Generator(np.random.Philox(key=[self.seed, epoch])).permutation(lengths.size)
-            order = shuffled[lengths[shuffled] > 0]
-            borders = np.concatenate([[0], np.cumsum(lengths[order] + 1)])
-            made = _Epoch(order, borders, window_starts(borders, self.seq_length))
-            self._epochs = {**{e: made_ for e, made_ in self._epochs.items() if e == epoch - 1}, epoch: made}
-        return self._epochs[epoch]
+    def _stream(self, epoch: int) -> Stream:
+        if epoch not in self._streams:
+            made = lay_out(
+                self.corpus,
+                self.recipe.order(epoch),
+                seq_length=self.seq_length,
+                leads=self.leads.lengths,
+                shortest=self.packing.shortest,
+                join=self.packing.join_short,
+                most_units=self.packing.most_units,
+            )
+            self._streams = {e: kept for e, kept in self._streams.items() if e == epoch - 1} | {epoch: made}
+        return self._streams[epoch]
 
-    def _assemble(self, epoch: _Epoch, index: int) -> Window:
-        begin = int(epoch.starts[index])
-        filled = min(self.seq_length, int(epoch.borders[-1]) - begin)  # slots before the epoch is over
-        first = int(np.searchsorted(epoch.borders, begin, side="right")) - 1
-        last = int(np.searchsorted(epoch.borders, begin + filled, side="left")) - 1
-        slots, documents = epoch.borders[first : last + 1], epoch.order[first : last + 1].copy()
-        offsets = np.maximum(begin - slots, 0)  # tokens of each piece's document that came before
-        starts = np.maximum(slots - begin, 0)
-        counts = np.append(starts[1:], filled) - starts - 1
-        if counts[-1] == 0:  # an anchor for which no token was left
-            documents[-1] = -1
-        left = self.documents.lengths[documents[-1]] - offsets[-1] - counts[-1]
-        is_cut = bool(filled == self.seq_length and documents[-1] >= 0 and left > 0)
-        counts[-1] += is_cut  # one token more than the window shows: its last label
-        found = self.documents.tokens(documents, offsets, offsets + counts)
-        if filled < self.seq_length:
-            starts, offsets = np.append(starts, filled), np.append(offsets, 0)
-            documents = np.append(documents, -1)
-        return self._window(found, starts, documents, offsets, is_cut)
+    def _pieces(self, epoch: int, index: int) -> Pieces:
+        """The pieces of window `index` of `epoch`."""
+        if self.packing.kind == "plain":
+            return self._plain(epoch, index)
+        size = self.packing.lookahead * self.packing.batch_windows
+        first = self._first_windows[epoch]
+        number = (first + index) // size
+        begin = max(number * size - first, 0)
+        if (epoch, number) not in self._blocks:
+            end = min((number + 1) * size - first, self.windows_per_epoch(epoch))
+            kept = list(self._blocks.items())[-1:]
+            self._blocks = dict([*kept, ((epoch, number), self._arranged(epoch, begin, end))])
+        return self._blocks[epoch, number][index - begin]
 
-    def _window(
-        self, found: np.ndarray, starts: np.ndarray, documents: np.ndarray, offsets: np.ndarray, is_cut: bool
-    ) -> Window:
-        """`found`: the window's own tokens in order, and the one behind it where it cuts a document."""
-        is_own = np.ones(self.seq_length + 1, dtype=bool)  # not an anchor; a slot more, for the last label
-        is_own[starts] = False
-        if documents[-1] < 0:
-            is_own[starts[-1] :] = False
-        is_own[-1] = is_cut
-        tokens = np.full(self.seq_length + 1, self.anchor_token, dtype=np.int64)
-        tokens[is_own] = found
-        # a token's label is the one after it, unless that is an anchor: another piece begins
-        loss_mask = is_own[1:].copy()
-        loss_mask[starts] &= self.anchor_loss & (offsets == 0) & (documents >= 0)
-        labels = np.where(loss_mask, tokens[1:], 0)
-        cu_seqlens = np.append(starts, self.seq_length)
-        return Window(tokens[:-1], labels, loss_mask, cu_seqlens, documents, offsets)
+    def _plain(self, epoch: int, index: int) -> Pieces:
+        stream = self._stream(epoch)
+        return stream.pieces(*stream.windows[index : index + 2].tolist())
+
+    def _arranged(self, epoch: int, begin: int, end: int) -> list[Pieces]:
+        """Windows [begin, end) of an epoch, which lie in one block."""
+        stream, first = self._stream(epoch), self._first_windows[epoch]
+        pieces = stream.pieces(int(stream.windows[begin]), int(stream.windows[end]))
+        batch = (np.arange(begin, end) + first) // self.packing.batch_windows
+        found = arrange(
+            self.packing.kind,
+            pieces,
+            stream.leads[pieces.unit],
+            batches=np.unique(batch, return_counts=True)[1].tolist(),
+            seq_length=self.seq_length,
+            most_units=self.packing.most_units,
+            generator=generator(self.seed, REPACK, first + begin),
+        )
+        return found or [self._plain(epoch, index) for index in range(begin, end)]
+
+    def _interleaved(self, window: Window, leads: np.ndarray, n: int) -> Window:
+        is_own = np.zeros(self.seq_length, dtype=bool)
+        borders = window.cu_seqlens[: leads.size + 1]
+        is_own[ranges(borders[:-1] + leads, borders[1:])] = True
+        slots = interleaved_slots(
+            window.cu_seqlens,
+            is_own,
+            filled=self.seq_length - window.counts.padding,
+            mean=self.packing.interleave,
+            generator=generator(self.seed, INTERLEAVE, n),
+        )
+        return replace(window, slots=slots)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_epochs": {}}
-
-
-def window_starts(borders: np.ndarray, seq_length: int) -> np.ndarray:
-    """First slot of every window: int64 [windows]; see the file's opening.
-
-    Strides of S-1 are guessed for a block of windows and hold up to the first that ends with a document. So
-    the work grows with the number of such ends, not of documents.
-    """
-    stride, total, at, block = seq_length - 1, int(borders[-1]), 0, _BLOCK
-    parts: list[np.ndarray] = []
-    while at < total:
-        guess = np.arange(at, min(at + block * stride, total), stride)
-        ends = guess + seq_length
-        on_border = borders[np.minimum(np.searchsorted(borders, ends), borders.size - 1)] == ends
-        hit = bool(on_border.any())
-        stop = int(np.argmax(on_border)) if hit else guess.size - 1
-        parts.append(guess[: stop + 1])
-        at = int(ends[stop]) - (0 if hit else 1)
-        block = _BLOCK if hit else 2 * block
-    return np.concatenate(parts)
+        return {**self.__dict__, "_streams": {}, "_blocks": {}}

@@ -36,21 +36,31 @@ def attention_cu_seqlens(mode: str, cu_seqlens: np.ndarray, *, window_length: in
     return cu_seqlens.astype(np.int64)
 
 
-def positions(mode: str, cu_seqlens: np.ndarray, *, window_length: int) -> np.ndarray:
+def positions(
+    mode: str, cu_seqlens: np.ndarray, *, window_length: int, slots: np.ndarray | None = None
+) -> np.ndarray:
     """Position int64 [T] of every token; each window starts anew. Arguments and errors as in
     `attention_cu_seqlens`.
+
+    `slots` int64 [T] say at which place of its window each token stands, where chunks of documents are
+    interleaved: positions run on in that order. None: at the place where it lies.
     """
     _check(mode, cu_seqlens, window_length)
     tokens = np.arange(cu_seqlens[-1], dtype=np.int64)
+    if slots is None:
+        slots = tokens % window_length
     if mode in ("full", "document"):
-        return tokens % window_length
+        return slots
     starts, lengths = cu_seqlens[:-1], np.diff(cu_seqlens)
     if mode == "document_reset":
         return tokens - np.repeat(starts, lengths)
     is_anchor = np.zeros(tokens.size, dtype=bool)
     is_anchor[starts] = True
-    others = np.cumsum((~is_anchor).reshape(-1, window_length), axis=1, dtype=np.int64).reshape(-1)
-    return np.where(is_anchor, 0, others)
+    place = tokens - tokens % window_length + slots
+    is_other = np.empty_like(is_anchor)
+    is_other[place] = ~is_anchor
+    others = np.cumsum(is_other.reshape(-1, window_length), axis=1, dtype=np.int64).reshape(-1)
+    return np.where(is_anchor, 0, others[place])
 
 
 def visible(cu_seqlens: np.ndarray) -> np.ndarray:

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from anchor_megatron.config import Config, ModelConfig, ParallelConfig, TrainConfig
-from anchor_megatron.data.window import Window
+from anchor_megatron.data.window import Window, WindowCounts
 from anchor_megatron.model.builder import rank_device
 from anchor_megatron.training.batch import Batch, plan_batch
 
@@ -40,7 +40,8 @@ def random_window(*, lengths: list[int], vocab_size: int, seed: int) -> Window:
     loss_mask[cu_seqlens[:-1]] = loss_mask[cu_seqlens[1:] - 1] = False
     labels = np.where(loss_mask, np.roll(tokens, -1), 0)
     documents = np.arange(len(lengths))
-    return Window(tokens, labels, loss_mask, cu_seqlens, documents, np.zeros_like(documents))
+    counts = WindowCounts(tokens=tokens.size - len(lengths), pieces=len(lengths))
+    return Window(tokens, labels, loss_mask, cu_seqlens, documents, np.zeros_like(documents), counts)
 
 
 def batch_of(

@@ -12,14 +12,14 @@ Legend: B windows, S tokens a window, T rows of this rank = B * S / context_para
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from anchor_megatron.attention.plan_tensors import PackedArrays, PlanTensors, plan_arrays, plan_tensors
-from anchor_megatron.data.window import Window
+from anchor_megatron.data.window import Window, WindowCounts
 from anchor_megatron.layout.cost import CostModel
 from anchor_megatron.layout.modes import attention_cu_seqlens, positions
 from anchor_megatron.layout.placement import balance, place
@@ -34,9 +34,7 @@ class BatchStats:
     context-parallel rank.
     """
 
-    tokens: int  # documents' own tokens: neither anchors nor padding
-    documents: int  # pieces of documents in the windows
-    padding: int  # tokens that fill a window's end
+    counts: WindowCounts  # of its windows together
     area: int  # visible (query, key) pairs
     balance: float  # largest rank's area over the mean
     received_tokens: int  # key/value rows this rank receives in every layer
@@ -106,11 +104,12 @@ def plan_batch(
         "tokens": np.concatenate([window.tokens for window in windows]),
         "labels": np.concatenate([window.labels for window in windows]),
         "loss_mask": np.concatenate([window.loss_mask for window in windows]),
-        "positions": positions(mode, cu_seqlens, window_length=window_length),
+        "positions": positions(mode, cu_seqlens, window_length=window_length, slots=_joined_slots(windows)),
         "anchors": np.zeros(cu_seqlens[-1], dtype=bool),
     }
     whole["anchors"][cu_seqlens[:-1]] = True
-    arrays = {name: array[plan.token_index] for name, array in whole.items()} | plan_arrays(plan)
+    rows = _rows_in_attention_order(mode, whole["positions"], window_length)[plan.token_index]
+    arrays = {name: array[rows] for name, array in whole.items()} | plan_arrays(plan)
     return PlannedBatch(PackedArrays.pack(arrays), plan, _stats(windows, spans, balance(placed), plan))
 
 
@@ -121,14 +120,27 @@ def _joined_cu_seqlens(windows: Sequence[Window]) -> np.ndarray:
     return np.concatenate([*parts, offsets[-1:]]).astype(np.int64)
 
 
+def _joined_slots(windows: Sequence[Window]) -> np.ndarray | None:
+    slots = [window.slots for window in windows if window.slots is not None]
+    assert len(slots) in (0, len(windows)), "some windows of a micro-batch are interleaved, others not"
+    return np.concatenate(slots) if slots else None
+
+
+def _rows_in_attention_order(mode: str, positions_: np.ndarray, window_length: int) -> np.ndarray:
+    """The window's row behind each token of the attention spans: in `full` the one that stands there,
+    whatever document it is of, as each sees all before it; in the others documents lie together.
+    """
+    if mode != "full":
+        return np.arange(positions_.size)
+    first = np.arange(positions_.size) // window_length * window_length
+    return np.argsort(first + positions_)
+
+
 def _stats(windows: Sequence[Window], spans: np.ndarray, balance_: float, plan: Plan) -> BatchStats:
-    padding = sum(window.padding_tokens for window in windows)
-    documents = sum(int((window.document_ids >= 0).sum()) for window in windows)
+    counts = [asdict(window.counts) for window in windows]
     lengths = np.diff(spans)
     return BatchStats(
-        tokens=sum(window.tokens.size for window in windows) - padding - documents,
-        documents=documents,
-        padding=padding,
+        counts=WindowCounts(**{name: sum(one[name] for one in counts) for name in counts[0]}),
         area=int((lengths * (lengths + 1) // 2).sum()),
         balance=balance_,
         received_tokens=sum(plan.recv_counts),

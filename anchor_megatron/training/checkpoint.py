@@ -20,6 +20,7 @@ import torch.distributed as dist
 from megatron.core import dist_checkpointing, parallel_state
 
 from anchor_megatron.config import Config, save_config
+from anchor_megatron.data.corpus import parse_sets
 from anchor_megatron.data.documents import tokenizer_folder
 from anchor_megatron.training.checkpoint_fit import check_fit
 from anchor_megatron.training.optimizer import create_optimizer_state
@@ -100,7 +101,7 @@ def latest_checkpoint(directory: Path) -> Path | None:
 
 def _copy_tokenizer(config: Config, folder: Path) -> None:
     """The data set's tokenizer, where it still lies beside it."""
-    source = tokenizer_folder(config.data.train)
+    source = tokenizer_folder(parse_sets(config.data.train)[0][0])
     if source.is_dir():
         shutil.copytree(source, folder)
 

@@ -12,9 +12,13 @@ from megatron.core import parallel_state
 from torch.utils.data import DataLoader, Dataset
 
 from anchor_megatron.config import Config
-from anchor_megatron.data.documents import Documents
-from anchor_megatron.data.packing import WindowDataset
+from anchor_megatron.data.assemble import Labels
+from anchor_megatron.data.corpus import Corpus, parse_sets
+from anchor_megatron.data.documents import Documents, tokenizer_folder
+from anchor_megatron.data.packing import Packing, WindowDataset
+from anchor_megatron.data.recipe import Recipe, make_groups
 from anchor_megatron.data.sampler import window_indices
+from anchor_megatron.data.tokenizer import load_tokenizer
 from anchor_megatron.layout.cost import CostModel, LayerShape, Machine, read_machine
 from anchor_megatron.training.batch import PlannedBatch, plan_batch
 from anchor_megatron.training.setup import micro_batches_per_step
@@ -22,21 +26,36 @@ from anchor_megatron.training.setup import micro_batches_per_step
 __all__ = ["BatchDataset", "batches", "cost_model", "open_windows"]
 
 
-def open_windows(config: Config) -> WindowDataset:
-    """The training windows of `config.data`; ValueError naming the file or field that does not fit."""
-    data = config.data
-    documents = Documents(data.train, vocab_size=config.model.vocab_size)
-    anchor = data.anchor_token if data.anchor_token is not None else documents.summary.anchor_token
-    if config.model.vocab_size is not None and anchor >= config.model.vocab_size:
-        raise ValueError(
-            f"data.anchor_token: got {anchor}, expected an id below vocab_size = {config.model.vocab_size}"
-        )
+def open_windows(config: Config, split: str = "train") -> WindowDataset:
+    """The windows of `config.data`, of the documents in `split`; ValueError naming the file or field that
+    does not fit.
+    """
+    data, vocab_size = config.data, config.model.vocab_size
+    sets = parse_sets(data.train)
+    corpus = Corpus([Documents(prefix, vocab_size=vocab_size) for prefix, _ in sets])
+    anchor = data.anchor_token if data.anchor_token is not None else corpus.summary.anchor_token
+    end = _end_token(config, corpus) if data.end_label == "eos" else None
+    for name, token in (("anchor_token", anchor), ("eos_token", end)):
+        if token is not None and vocab_size is not None and token >= vocab_size:
+            raise ValueError(f"data.{name}: got {token}, expected an id below vocab_size = {vocab_size}")
+    groups = make_groups(
+        corpus,
+        weights=[weight for _, weight in sets],
+        splits=data.split,
+        split=split,
+        sampler=data.sampler,
+        long_tokens=data.long_tokens,
+        long_weight=data.long_weight,
+    )
     return WindowDataset(
-        documents,
+        corpus,
         seq_length=data.seq_length,
         anchor_token=anchor,
         seed=config.train.seed,
-        anchor_loss=data.anchor_loss,
+        labels=Labels(anchor_loss=data.anchor_loss, end_token=end),
+        packing=_packing(config),
+        tags=_tags(corpus) if data.domain_tag else None,
+        recipe=Recipe(groups, seed=config.train.seed),
     )
 
 
@@ -51,6 +70,36 @@ def cost_model(config: Config) -> CostModel:
         bytes_per_value=2 if config.train.precision == "bf16" else 4,
     )
     return CostModel(machine, shape, attention.ranks_per_node)
+
+
+def _packing(config: Config) -> Packing:
+    data = config.data
+    return Packing(
+        kind=data.packing,
+        lookahead=data.packing_lookahead,
+        batch_windows=config.train.global_batch_size,
+        most_units=data.max_documents,
+        shortest=data.min_document_tokens,
+        join_short=data.short_documents == "join",
+        interleave=data.interleave,
+    )
+
+
+def _end_token(config: Config, corpus: Corpus) -> int:
+    if config.data.eos_token is not None:
+        return config.data.eos_token
+    folder = tokenizer_folder(corpus.sets[0].prefix)
+    found = load_tokenizer(folder).eos_token_id
+    if found is None:
+        raise ValueError(f"data.eos_token: tokenizer {folder} has no EOS, expected the id of a token")
+    return int(found)
+
+
+def _tags(corpus: Corpus) -> list[list[int]]:
+    """Tokens of every source's tag: its name and the end of a line."""
+    tokenizer = load_tokenizer(tokenizer_folder(corpus.sets[0].prefix))
+    texts = [f"{name}\n" for name in corpus.source_names]
+    return tokenizer(texts, add_special_tokens=False)["input_ids"]
 
 
 class BatchDataset(Dataset):
@@ -96,6 +145,7 @@ def batches(
     """This rank's batches from `first_step` on, planned ahead by `data.num_workers` processes."""
     dataset = BatchDataset(config, windows)
     workers = config.data.num_workers
+    windows.locate(first_step * config.train.global_batch_size)  # forked workers share the epoch's order
     return iter(
         DataLoader(
             dataset,

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch.distributed as dist
 
 from anchor_megatron.config import Config
+from anchor_megatron.data.corpus import parse_sets
 from anchor_megatron.data.documents import Documents
 from anchor_megatron.model.builder import rank_device
 from anchor_megatron.training.checkpoint import (
@@ -16,6 +17,7 @@ from anchor_megatron.training.checkpoint import (
     load_pretrained,
     save_checkpoint,
 )
+from anchor_megatron.training.evaluation import Evaluation
 from anchor_megatron.training.loader import batches, open_windows
 from anchor_megatron.training.report import Reporter
 from anchor_megatron.training.setup import initialize_ranks
@@ -34,6 +36,7 @@ class Run:
     def __init__(self, config: Config) -> None:
         self.config = config = complete(config)
         windows = open_windows(config)
+        self.evaluation = Evaluation(config)
         initialize_ranks(config)
         self.trainee = build_trainee(config)
         self.first_step = _start(config, self.trainee)
@@ -47,7 +50,9 @@ class Run:
         for step in range(self.first_step + 1, _last_step(self.config) + 1):
             learning_rate = self.trainee.optimizer.param_groups[0]["lr"]
             result = train_step(self.config, self.trainee, self.batches)
-            self.reporter.step(step, result, learning_rate=learning_rate)
+            with self.reporter.paused():
+                held_out = self.evaluation.losses(self.trainee, step=step)
+            self.reporter.step(step, result, learning_rate=learning_rate, held_out=held_out)
             if _saves(self.config, step):
                 _say(f"saved {save_checkpoint(self.config, self.trainee, step=step)}")
         self.reporter.close()
@@ -57,7 +62,7 @@ def complete(config: Config) -> Config:
     """`config` with what the data set decides: the vocabulary's size where the model leaves it open."""
     if config.model.vocab_size is not None:
         return config
-    vocab_size = Documents(config.data.train).summary.vocab_size
+    vocab_size = Documents(parse_sets(config.data.train)[0][0]).summary.vocab_size
     return dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=vocab_size))
 
 

@@ -5,9 +5,12 @@ Every rank adds its share to one small all-reduce; the first rank writes.
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import json
 import logging
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +19,9 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 
 from anchor_megatron.config import Config
+from anchor_megatron.data.window import WindowCounts
 from anchor_megatron.model.builder import rank_device
+from anchor_megatron.training.evaluation import HELD_OUT
 from anchor_megatron.training.flops import peak_tflops, step_flops
 from anchor_megatron.training.step import StepResult
 
@@ -35,17 +40,27 @@ class Reporter:
         self.started = time.perf_counter()
         self.sinks = _sinks(config) if dist.get_rank() == 0 else []
 
-    def step(self, step: int, result: StepResult, *, learning_rate: float) -> dict[str, Any] | None:
-        """Takes in step `step` (1 is the first); on a reporting step returns the figures since the last."""
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Leaves the time that passes inside out of the steps'."""
+        paused = time.perf_counter()
+        yield
+        self.started += time.perf_counter() - paused
+
+    def step(
+        self, step: int, result: StepResult, *, learning_rate: float, held_out: dict[str, float]
+    ) -> dict[str, Any] | None:
+        """Takes in step `step` (1 is the first); on a reporting step, and wherever there are `held_out`
+        losses to report with them, returns the figures since the last.
+        """
         self.pending.append(result)
-        if step % self.config.log.interval and step not in (
-            self.config.train.steps,
-            self.config.train.stop_after,
-        ):
+        last = step in (self.config.train.steps, self.config.train.stop_after)
+        if step % self.config.log.interval and not last and not held_out:
             return None
         sums = global_sums(self.pending)
         now = time.perf_counter()
         figures = self._figures(step, sums, seconds=now - self.started) | {"learning_rate": learning_rate}
+        figures |= held_out
         self.started, self.pending = now, []
         for sink in self.sinks:
             sink(figures)
@@ -73,9 +88,14 @@ class Reporter:
             "mfu": None if self.peak is None else tflops / self.peak,
             "loss_tokens": int(sums["loss_tokens"]),
             "tokens": int(sums["tokens"]),
-            "documents": int(sums["documents"]),
+            "documents": int(sums["pieces"]),
+            "cut_documents": int(sums["cut"]),
+            "joined_documents": int(sums["joined"]),
+            "dropped_documents": int(sums["dropped"]),
+            "tag_tokens": int(sums["tags"]),
             "padding_tokens": int(sums["padding"]),
             "balance": sums["balance"] / micro_batches,
+            "batch_balance": batch_balance(self.pending),
             "received_tokens_per_rank": sums["received"] / shares,
             "skipped_steps": sum(not result.updated for result in self.pending),
         }
@@ -89,9 +109,10 @@ def global_sums(results: list[StepResult]) -> dict[str, float]:
     whole = first_replica and parallel_state.get_context_parallel_rank() == 0
     stats = [one for result in results for one in result.stats]
     shared = {
-        "tokens": sum(one.tokens for one in stats),
-        "documents": sum(one.documents for one in stats),
-        "padding": sum(one.padding for one in stats),
+        **{
+            entry.name: sum(getattr(one.counts, entry.name) for one in stats)
+            for entry in dataclasses.fields(WindowCounts)
+        },
         "area": sum(one.area for one in stats),
         "balance": sum(one.balance for one in stats),
         "micro_batches": len(stats),
@@ -107,6 +128,18 @@ def global_sums(results: list[StepResult]) -> dict[str, float]:
     return dict(zip([*shared, *own, "loss", "loss_tokens"], total.tolist(), strict=True))
 
 
+def batch_balance(results: list[StepResult]) -> float:
+    """The largest micro-batch's attention area over the mean one's, among all replicas, as a mean over steps:
+    what replicas wait for each other in a step (two all-reduces over the world).
+    """
+    areas = torch.tensor([[one.area for one in result.stats] for result in results], dtype=torch.float64)
+    means = areas.mean(dim=1).to(rank_device())
+    largest = areas.amax(dim=1).to(rank_device())
+    dist.all_reduce(largest, op=dist.ReduceOp.MAX)
+    dist.all_reduce(means)
+    return float((largest * dist.get_world_size() / means).mean())
+
+
 def _sinks(config: Config) -> list[Any]:
     sinks: list[Any] = [_console]
     if config.log.jsonl:
@@ -120,12 +153,15 @@ def _sinks(config: Config) -> list[Any]:
 
 def _console(figures: dict[str, Any]) -> None:
     mfu = "" if figures["mfu"] is None else f" ({figures['mfu']:.1%} MFU)"
+    held_out = "".join(
+        f"  {name.replace('_', ' ')} {figures[name]:.4f}" for name in HELD_OUT if name in figures
+    )
     print(
         f"step {figures['step']:>6}  loss {figures['loss']:.4f}  grad norm {figures['grad_norm']:.3f}  "
         f"lr {figures['learning_rate']:.2e}  {figures['seconds_per_step']:.3f} s  "
         f"{figures['tokens_per_second']:,.0f} tokens/s  "
         f"{figures['tflops_per_rank']:.3g} TFLOP/s a rank{mfu}  "
-        f"{figures['documents']} documents  balance {figures['balance']:.2f}",
+        f"{figures['documents']} documents  balance {figures['balance']:.2f}{held_out}",
         flush=True,
     )
 

@@ -1,0 +1,124 @@
+"""Several data sets as one: their documents numbered through, each with the source it is from.
+
+    sets of 3 and 2 documents     documents 0 1 2 | 3 4
+    sources                       web code web | notes notes     a set that names none is one source: itself
+
+Splits are by document, and the same in every run: a fixed shuffle of each set's documents, of which the first
+share is for training, the next for validation, the last for testing.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from anchor_megatron.data.documents import Documents
+
+__all__ = ["SPLITS", "Corpus", "parse_sets"]
+
+SPLITS = ("train", "valid", "test")
+_SPLIT_SEED = 0x5917  # of no run: a document stays in its split whatever the seed
+
+
+class Corpus:
+    """The documents of `sets`, one data set after another.
+
+    lengths       int64 [documents], in tokens
+    sources       int64 [documents], each document's entry in `source_names`
+    source_names  of all sets; one name is one source, whichever set it stands in
+
+    ValueError where the sets were made for different anchors or vocabularies.
+    """
+
+    def __init__(self, sets: Sequence[Documents]) -> None:
+        self.sets = tuple(sets)
+        for field in ("anchor_token", "vocab_size"):
+            found = {getattr(one.summary, field) for one in self.sets}
+            if len(found) > 1:
+                raise ValueError(
+                    f"data.train: got data sets of different {field} {sorted(found)}, expected them of one "
+                    "tokenizer"
+                )
+        self.summary = self.sets[0].summary
+        self._firsts = np.cumsum([0, *(len(one) for one in self.sets)])
+        self.lengths = _joined([one.lengths for one in self.sets])
+        self.source_names, self.sources = _sources(self.sets)
+
+    def __len__(self) -> int:
+        return self.lengths.size
+
+    def members(self, number: int) -> range:
+        """Documents of the data set `number`."""
+        return range(self._firsts[number], self._firsts[number + 1])
+
+    def split(self, number: int, shares: Sequence[float], name: str) -> np.ndarray:
+        """Documents int64, ascending, of set `number` in the split `name`; `shares` of SPLITS sum to 1."""
+        of = SPLITS.index(name)
+        begin, end = sum(shares[:of]), sum(shares[: of + 1])
+        every = self.members(number)
+        size = len(every)
+        first, last = (round(share / sum(shares) * size) for share in (begin, end))
+        if last - first == size:
+            return np.arange(every.start, every.stop)
+        shuffled = np.random.Generator(np.random.Philox(_SPLIT_SEED)).permutation(size)
+        return np.sort(shuffled[first:last]) + every.start
+
+    def tokens(self, documents: ArrayLike, starts: ArrayLike, stops: ArrayLike) -> np.ndarray:
+        """As `Documents.tokens`."""
+        if len(self.sets) == 1:
+            return self.sets[0].tokens(documents, starts, stops)
+        chosen, begins, ends = (np.atleast_1d(values) for values in (documents, starts, stops))
+        counts = ends - begins
+        firsts = np.cumsum(counts) - counts
+        found = np.empty(int(counts.sum()), dtype=np.int64)
+        owner = np.searchsorted(self._firsts, chosen, side="right") - 1
+        for number in np.unique(owner):
+            own = np.flatnonzero(owner == number)
+            places = np.repeat(firsts[own] - np.cumsum(counts[own]) + counts[own], counts[own])
+            places += np.arange(places.size)
+            found[places] = self.sets[number].tokens(
+                chosen[own] - self._firsts[number], begins[own], ends[own]
+            )
+        return found
+
+
+def parse_sets(train: object) -> list[tuple[str, float]]:
+    """(prefix, weight) of every data set that `data.train` names: a prefix alone, or a list of
+    {prefix, weight}; ValueError for anything else.
+    """
+    if isinstance(train, str):
+        return [(train, 1.0)]
+    expected = "expected a prefix or a list of {prefix: ..., weight: ...}"
+    if not isinstance(train, list) or not train:
+        raise ValueError(f"data.train: got {train!r}, {expected}")
+    found = []
+    for entry in train:
+        if not isinstance(entry, dict) or set(entry) != {"prefix", "weight"}:
+            raise ValueError(f"data.train: got the entry {entry!r}, {expected}")
+        prefix, weight = entry["prefix"], entry["weight"]
+        if not isinstance(prefix, str) or isinstance(weight, bool) or not isinstance(weight, int | float):
+            raise ValueError(f"data.train: got the entry {entry!r}, {expected}")
+        if not 0 < weight < float("inf"):
+            raise ValueError(f"data.train: got weight {weight} for {prefix}, expected a number above 0")
+        found.append((prefix, float(weight)))
+    return found
+
+
+def _joined(arrays: Sequence[np.ndarray]) -> np.ndarray:
+    return arrays[0] if len(arrays) == 1 else np.concatenate(arrays)
+
+
+def _sources(sets: Sequence[Documents]) -> tuple[list[str], np.ndarray]:
+    names: dict[str, int] = {}
+    parts = []
+    for one in sets:
+        own = [os.path.basename(one.prefix)] if one.document_sources is None else one.summary.sources
+        numbers = np.array([names.setdefault(name, len(names)) for name in own], dtype=np.int64)
+        if one.document_sources is None:
+            parts.append(np.broadcast_to(numbers[0], (len(one),)))
+        else:
+            parts.append(numbers[one.document_sources])
+    return list(names), _joined(parts)
