@@ -21,6 +21,7 @@ from torch import Tensor
 from anchor_megatron.attention.execute import planned_attention
 from anchor_megatron.attention.kernels import Kernel
 from anchor_megatron.attention.plan_tensors import PlanTensors
+from anchor_megatron.model.cache import KeyValueCache
 
 __all__ = ["PlannedCoreAttention", "PlannedSeqParams"]
 
@@ -31,6 +32,8 @@ class PlannedSeqParams(PackedSeqParams):
 
     qkv_format: str = "sbhd"
     plan: PlanTensors | None = None
+    cache: KeyValueCache | None = None
+    """Where evaluation keeps keys and values: filled where there is a plan, attended to where there is none."""
 
 
 class PlannedCoreAttention(MegatronModule):
@@ -41,6 +44,7 @@ class PlannedCoreAttention(MegatronModule):
         config: TransformerConfig,
         *,
         kernel: Kernel,
+        layer_number: int = 1,
         softmax_scale: float | None = None,
         pg_collection: ProcessGroupCollection | None = None,
         **unused: Any,
@@ -49,7 +53,7 @@ class PlannedCoreAttention(MegatronModule):
         already holds.
         """
         super().__init__(config=config)
-        self.kernel = kernel
+        self.kernel, self.layer_number = kernel, layer_number
         self.scale = softmax_scale if softmax_scale is not None else config.kv_channels**-0.5
         self.group = pg_collection.cp if pg_collection is not None else None
 
@@ -64,18 +68,20 @@ class PlannedCoreAttention(MegatronModule):
         **unused: Any,
     ) -> Tensor:
         """[T, 1, N*H] for query [T, 1, N, H], key and value [T, 1, G, H]. There is no mask: the plan is the
-        mask.
+        mask. Without a plan the rows go on behind what the cache holds.
         """
-        assert isinstance(packed_seq_params, PlannedSeqParams) and packed_seq_params.plan is not None, (
-            f"got packed_seq_params {packed_seq_params!r}, expected PlannedSeqParams with a plan"
+        assert isinstance(packed_seq_params, PlannedSeqParams), (
+            f"got packed_seq_params {packed_seq_params!r}, expected PlannedSeqParams"
         )
+        plan, cache = packed_seq_params.plan, packed_seq_params.cache
+        q_TNH, k_TGH, v_TGH = query.squeeze(1), key.squeeze(1), value.squeeze(1)
+        if plan is None:
+            assert cache is not None, "got neither a plan nor a cache"
+            out_TNH = cache.attend(self.layer_number, q_TNH, k_TGH, v_TGH, scale=self.scale)
+            return out_TNH.flatten(1).unsqueeze(1)
+        if cache is not None:
+            cache.fill(self.layer_number, k_TGH, v_TGH)
         out_TNH = planned_attention(
-            query.squeeze(1),
-            key.squeeze(1),
-            value.squeeze(1),
-            plan=packed_seq_params.plan,
-            kernel=self.kernel,
-            scale=self.scale,
-            group=self.group,
+            q_TNH, k_TGH, v_TGH, plan=plan, kernel=self.kernel, scale=self.scale, group=self.group
         )
         return out_TNH.flatten(1).unsqueeze(1)

@@ -15,11 +15,13 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.tensor_parallel import (
     copy_to_tensor_model_parallel_region,
     gather_from_sequence_parallel_region,
+    gather_from_tensor_model_parallel_region,
     scatter_to_sequence_parallel_region,
 )
 from torch import Tensor
 
-from anchor_megatron.model.loss import summed_cross_entropy
+from anchor_megatron.model.core_attention import PlannedSeqParams
+from anchor_megatron.model.loss import summed_cross_entropy, token_cross_entropy
 from anchor_megatron.model.rotary import RotaryAngles
 
 __all__ = ["AnchorGPT"]
@@ -67,12 +69,51 @@ class AnchorGPT(GPTModel):
             hidden_states = gather_from_sequence_parallel_region(hidden_states, group=group)
         else:
             hidden_states = copy_to_tensor_model_parallel_region(hidden_states, group=group)
-        tied = self.share_embeddings_and_output_weights
         return summed_cross_entropy(
             hidden_states[:, 0],
-            self.shared_embedding_or_output_weight() if tied else self.output_layer.weight,
+            self.output_weight,
             labels[0],
             loss_mask[0],
             vocab_size=self.real_vocab_size,
             group=group,
+        )
+
+    @property
+    def output_weight(self) -> Tensor:
+        """The output layer's weight [V, D] of this tensor-parallel rank, on the last pipeline stage."""
+        tied = self.share_embeddings_and_output_weights
+        return self.shared_embedding_or_output_weight() if tied else self.output_layer.weight
+
+    def hidden_states(self, tokens: Tensor, positions: Tensor, packed_seq_params: PlannedSeqParams) -> Tensor:
+        """What the output layer takes, [T, D], for tokens and positions [1, T]: evaluation picks the rows whose
+        logits it needs. One pipeline stage, no sequence parallelism.
+        """
+        assert self.pre_process and self.post_process and not self.config.sequence_parallel, (
+            "evaluation runs on one pipeline stage without sequence parallelism"
+        )
+        found = self._preprocess(
+            input_ids=tokens, position_ids=positions, packed_seq_params=packed_seq_params
+        )
+        hidden = self.decoder(
+            hidden_states=found[0],
+            attention_mask=None,
+            rotary_pos_emb=found[_ROTARY_SLOT],
+            packed_seq_params=packed_seq_params,
+        )
+        return hidden[:, 0]
+
+    def logits(self, hidden_TD: Tensor) -> Tensor:
+        """Logits [T, real_vocab_size] of a few rows of hidden states, equal on all tensor-parallel ranks."""
+        part = hidden_TD @ self.output_weight.t()
+        whole = gather_from_tensor_model_parallel_region(part, group=self.pg_collection.tp)
+        return whole[:, : self.real_vocab_size]
+
+    def token_losses(self, hidden_TD: Tensor, labels_T: Tensor) -> Tensor:
+        """Cross entropy of every row, fp32 [T], equal on all tensor-parallel ranks."""
+        return token_cross_entropy(
+            hidden_TD,
+            self.output_weight,
+            labels_T,
+            vocab_size=self.real_vocab_size,
+            group=self.pg_collection.tp,
         )

@@ -24,7 +24,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-__all__ = ["summed_cross_entropy"]
+__all__ = ["summed_cross_entropy", "token_cross_entropy"]
 
 # logits of a chunk, elements: 2 GiB in bf16; every chunk reads and writes the weight's fp32 gradient once
 _CHUNK_LOGITS = 1 << 30
@@ -47,6 +47,23 @@ def summed_cross_entropy(
     rank's share: the caller sums it over `group`.
     """
     return _SummedCrossEntropy.apply(hidden_TD, weight_VD, labels_T, loss_mask_T, vocab_size, group)
+
+
+@torch.no_grad()
+def token_cross_entropy(
+    hidden_TD: Tensor, weight_VD: Tensor, labels_T: Tensor, *, vocab_size: int, group: dist.ProcessGroup
+) -> Tensor:
+    """Cross entropy of every token, fp32 [T], without gradients; arguments as in `summed_cross_entropy`."""
+    entries, first = weight_VD.shape[0], group.rank() * weight_VD.shape[0]
+    real = min(max(vocab_size - first, 0), entries)
+    step = max(1, _CHUNK_LOGITS // entries)
+    losses = torch.empty(hidden_TD.shape[0], dtype=torch.float32, device=hidden_TD.device)
+    for start in range(0, hidden_TD.shape[0], step):
+        chunk = slice(start, start + step)
+        logits = hidden_TD[chunk] @ weight_VD.t()
+        logits[:, real:] = float("-inf")
+        losses[chunk] = _losses(logits, labels_T[chunk] - first, group)[0]
+    return losses
 
 
 class _SummedCrossEntropy(torch.autograd.Function):
