@@ -51,7 +51,7 @@ class Window:
     cu_seqlens        int64 [D+1]  borders of the pieces
     document_ids      int64 [D]    -1 for padding; of joined documents the first
     document_offsets  int64 [D]    the piece's first own token inside its document
-    counts
+    counts            what its documents add up to; zeros for a window made by hand
     slots             int64 [S]    each row's place in the window; None: rows stand as they lie
     """
 
@@ -61,5 +61,5 @@ class Window:
     cu_seqlens: np.ndarray
     document_ids: np.ndarray
     document_offsets: np.ndarray
-    counts: WindowCounts
+    counts: WindowCounts = WindowCounts()
     slots: np.ndarray | None = None
