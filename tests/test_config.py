@@ -56,6 +56,7 @@ def tiny(tmp_path: Path) -> Path:
         ("parallel.expert=2", "parallel.expert: got 2 for a model without experts"),
         ("parallel.context=7", r"data.seq_length \* train.micro_batch_size: got 512, expected a multiple of "
                                "parallel.context = 7"),
+        ("attention.ranks_per_node=0", "attention.ranks_per_node: got 0, expected at least 1"),
     ],
 )  # fmt: skip
 def test_a_mistake_is_refused_by_its_field(tiny: Path, override: str, message: str) -> None:

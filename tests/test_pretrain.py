@@ -34,6 +34,7 @@ FIGURES = {
     "step", "loss", "grad_norm", "learning_rate", "seconds_per_step", "tokens_per_second", "tflops_per_rank",
     "mfu", "loss_tokens", "tokens", "documents", "padding_tokens", "balance", "received_tokens_per_rank",
     "skipped_steps", "cut_documents", "joined_documents", "dropped_documents", "tag_tokens", "batch_balance",
+    "data_wait_ms",
 }  # fmt: skip
 
 
@@ -162,6 +163,7 @@ def test_twenty_steps_learn_and_are_reported(run_file: Path, tmp_path: Path) -> 
         assert report["tokens"] + report["documents"] + report["padding_tokens"] == 4 * 128
         assert 0 < report["loss_tokens"] < report["tokens"] + report["documents"]
         assert report["balance"] >= 1 and report["mfu"] == report["tflops_per_rank"] > 0
+        assert 0 < report["data_wait_ms"] < 1e3 * report["seconds_per_step"]
         assert report["skipped_steps"] == 0 and report["received_tokens_per_rank"] <= 4 * 64
     board = EventAccumulator(str(tmp_path / "board"))
     board.Reload()

@@ -10,7 +10,6 @@ Bandwidth between nodes is not fitted but taken as it was: one node does not sho
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
 
@@ -100,19 +99,23 @@ def moved_bytes(placement: Placement, costs: CostModel) -> np.ndarray:
     return row_seconds(placement, unit)
 
 
-def _fit_contention(samples: Iterable[Sample], machine: Machine) -> Machine:
-    """How much longer the total is than with hidden transfers free, over what they would take alone."""
-    missing, hidden = [0.0], [0.0]
-    for sample in samples:
-        free, full = (
-            predict(
-                "sparse", sample.case.placement, CostModel(replace(machine, contention=c), sample.case.shape)
-            )
-            for c in (0.0, 1.0)
-        )
-        assert free is not None and full is not None, "sparse runs on any number of ranks"
-        scale = 1 / sample.total.max(axis=1)  # as a part of the total
-        missing += list((sample.total.max(axis=1) / 1e3 - free.total.max(axis=1)) * scale)
-        hidden += list((full.total.max(axis=1) - free.total.max(axis=1)) * scale)
-    found = float(np.dot(missing, hidden) / max(np.dot(hidden, hidden), 1e-30))
-    return replace(machine, contention=min(1.0, max(0.0, found)))
+def _fit_contention(samples: list[Sample], machine: Machine) -> Machine:
+    """The contention at which totals come closest; a few Gauss-Newton steps, as the slowest rank may change."""
+    measured = np.concatenate([sample.total.max(axis=1) / 1e3 for sample in samples])
+
+    def totals(contention: float) -> np.ndarray:
+        changed = replace(machine, contention=contention)
+        found = []
+        for sample in samples:
+            prediction = predict("sparse", sample.case.placement, CostModel(changed, sample.case.shape))
+            assert prediction is not None, "sparse runs on any number of ranks"
+            found.append(prediction.total.max(axis=1))
+        return np.concatenate(found)
+
+    contention = 0.5
+    for _ in range(5):
+        now = totals(contention)
+        slope = (totals(contention + 1e-3) - now) / 1e-3 / measured
+        step = float(np.dot(1 - now / measured, slope) / max(float(np.dot(slope, slope)), 1e-30))
+        contention = min(1.0, max(0.0, contention + step))
+    return replace(machine, contention=contention)

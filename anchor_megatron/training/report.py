@@ -97,6 +97,7 @@ class Reporter:
             "balance": sums["balance"] / micro_batches,
             "batch_balance": batch_balance(self.pending),
             "received_tokens_per_rank": sums["received"] / shares,
+            "data_wait_ms": sums["data_wait"] * 1e3 / steps / sums["readers"],
             "skipped_steps": sum(not result.updated for result in self.pending),
         }
 
@@ -117,7 +118,11 @@ def global_sums(results: list[StepResult]) -> dict[str, float]:
         "balance": sum(one.balance for one in stats),
         "micro_batches": len(stats),
     }
-    own = {"received": sum(one.received_tokens for one in stats)}
+    own = {
+        "received": sum(one.received_tokens for one in stats),
+        "data_wait": sum(result.data_wait for result in results),
+        "readers": 1,
+    }
     counted = torch.tensor(
         [*(value * whole for value in shared.values()), *(value * first_replica for value in own.values())],
         dtype=torch.float64,
@@ -161,7 +166,8 @@ def _console(figures: dict[str, Any]) -> None:
         f"lr {figures['learning_rate']:.2e}  {figures['seconds_per_step']:.3f} s  "
         f"{figures['tokens_per_second']:,.0f} tokens/s  "
         f"{figures['tflops_per_rank']:.3g} TFLOP/s a rank{mfu}  "
-        f"{figures['documents']} documents  balance {figures['balance']:.2f}{held_out}",
+        f"{figures['documents']} documents  balance {figures['balance']:.2f}  "
+        f"data wait {figures['data_wait_ms']:.1f} ms{held_out}",
         flush=True,
     )
 

@@ -8,6 +8,7 @@ and breaks nothing.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import partial
@@ -68,6 +69,7 @@ class StepResult:
     stats: list[BatchStats] = field(default_factory=list)
     grad_norm: float = 0.0
     updated: bool = True
+    data_wait: float = 0.0  # seconds in which the step had nothing to do but wait for a planned batch
 
 
 def build_trainee(config: Config) -> Trainee:
@@ -99,11 +101,25 @@ def train_step(config: Config, trainee: Trainee, batches: Iterator[PlannedBatch]
     """Takes one step's micro-batches from `batches` and updates the model. All ranks call it together."""
     trainee.model.zero_grad_buffer()
     trainee.optimizer.zero_grad()
-    loss, stats = forward_backward(config, trainee.model, batches)
+    timed = _TimedBatches(batches)
+    loss, stats = forward_backward(config, trainee.model, timed)
     updated, grad_norm, _ = trainee.optimizer.step()
     if updated:
         trainee.scheduler.step(increment=1)
-    return StepResult(loss, stats, float(grad_norm), bool(updated))
+    return StepResult(loss, stats, float(grad_norm), bool(updated), timed.waited)
+
+
+class _TimedBatches(Iterator[PlannedBatch]):
+    """`batches`, and the seconds that were waited for them."""
+
+    def __init__(self, batches: Iterator[PlannedBatch]) -> None:
+        self.batches, self.waited = batches, 0.0
+
+    def __next__(self) -> PlannedBatch:
+        started = time.perf_counter()
+        batch = next(self.batches)
+        self.waited += time.perf_counter() - started
+        return batch
 
 
 def forward_backward(

@@ -1,0 +1,240 @@
+"""`tools/profile_cp.py`: what is simulated adds up, what is measured is fitted, reports stand alone."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from anchor_megatron.layout.cost import CostModel, LayerShape, Machine, read_machine
+from anchor_megatron.layout.placement import PLACEMENTS, balance, place, received_rows
+from anchor_megatron.profiling.calibrate import calibrate, least_squares
+from anchor_megatron.profiling.measure import Sample
+from anchor_megatron.profiling.predict import predict, seconds_of_one_rank
+from anchor_megatron.profiling.report import write_report
+from anchor_megatron.profiling.rivals import place_chunks, predict_every_document_everywhere
+from anchor_megatron.profiling.simulate import Settings, simulate
+from anchor_megatron.profiling.sweep import Sweep, add_predictions, sweep
+from anchor_megatron.profiling.windows import draw_window
+from anchor_megatron.testing.ranks import run_ranks
+
+ROOT = Path(__file__).resolve().parents[1]
+TABLE = ROOT / "benchmarks" / "document_lengths.csv"
+SHAPE = LayerShape(heads=4, groups=2, head_dim=16, bytes_per_value=4)
+
+
+class Report(HTMLParser):
+    """What a page is made of, and where it points."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tags: list[str] = []
+        self.open: list[str] = []
+        self.references: list[str] = []
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.references += [value or "" for name, value in attrs if name in ("src", "href")]
+
+
+@pytest.fixture(scope="module")
+def simulated(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
+    """What the tool prints for three sizes on nodes of two ranks, and where it wrote."""
+    output = tmp_path_factory.mktemp("report") / "small"
+    words = ["--simulate", "--cp", "2", "4", "8", "--windows", "2", "--ranks-per-node", "2"]
+    done = subprocess.run(
+        [sys.executable, ROOT / "tools" / "profile_cp.py", *words, "--output", output],
+        capture_output=True, text=True, timeout=120, cwd=output.parent,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return done.stdout, output
+
+
+def test_the_table_has_achieved_target_and_bound(simulated: tuple[str, Path]) -> None:
+    printed, output = simulated
+    rows = json.loads(output.with_suffix(".json").read_text())["rows"]
+    for ranks, targets in {2: ("1.01 (1.03)", "0.080"), 8: ("1.02 (1.05)", "0.150")}.items():
+        [line] = re.findall(rf"^ +{ranks} \| [\d.]+ \(.*$", printed, flags=re.MULTILINE)
+        [row] = [row for row in rows if row["ranks"] == ranks and "least_received" in row]
+        assert all(target in line for target in targets)
+        assert f"{row['balance']:.4f} ({row['worst_balance']:.4f})" in line
+        assert f"{row['received']:.4f} ({row['worst_received']:.4f})" in line
+        assert row["least_balance"] <= row["balance"] and row["least_received"] <= row["received"]
+
+
+def test_the_report_stands_alone(simulated: tuple[str, Path]) -> None:
+    text = simulated[1].with_suffix(".html").read_text()
+    report = Report(text)
+    assert report.tags.count("img") == 4 and report.tags.count("table") == 2
+    assert all(reference.startswith("data:image/svg+xml;base64,") for reference in report.references)
+    assert not {"script", "link", "iframe"} & set(report.tags) and "url(" not in text
+
+
+def test_every_row_adds_up(simulated: tuple[str, Path]) -> None:
+    rows = json.loads(simulated[1].with_suffix(".json").read_text())["rows"]
+    assert {row["name"] for row in rows} == {"ours", "TransformerEngine THD", "shuffled chunks"}
+    assert {row["placement"] for row in rows if row["name"] == "ours"} == set(PLACEMENTS)
+    for row in rows:
+        assert row["total_ms"] == pytest.approx(row["forward_ms"] + row["backward_ms"])
+        assert row["total_ms"] == pytest.approx(row["attention_ms"] + row["not_hidden_ms"])
+        assert 0 < row["efficiency"] < 1 <= row["balance"] <= row["worst_balance"]
+        if "crossing" in row:
+            assert (row["crossing"] > 0) == (row["node_crossing"] > 0)
+            assert row["node_crossing"] <= row["crossing"] <= row["received"]
+
+
+def test_simulated_rows_are_means_over_windows() -> None:
+    settings = Settings(TABLE, CostModel(), tokens_per_rank=2048, windows=3)
+    [row] = [one for one in simulate(settings, 4) if "place_ms" in one]
+    windows = [draw_window(TABLE, tokens=8192, longest=2048, seed=seed) for seed in range(3)]
+    placements = [place("document", one, context_parallel_size=4, window_length=8192) for one in windows]
+    assert row["balance"] == pytest.approx(np.mean([balance(one) for one in placements]))
+    shares = [received_rows(one).max() / (3 * 2048) for one in placements]
+    assert row["received"] == pytest.approx(np.mean(shares)) and row["worst_received"] == max(shares)
+
+
+def test_one_rank_has_nothing_but_attention() -> None:
+    costs = CostModel()
+    cu_seqlens = np.array([0, 300, 1000, 4096])
+    placement = place("document", cu_seqlens, context_parallel_size=1, window_length=4096)
+    alone = seconds_of_one_rank(np.diff(cu_seqlens), costs)
+    for exchange in ("sparse", "ring", "ulysses"):
+        prediction = predict(exchange, placement, costs)
+        assert prediction is not None
+        assert prediction.total[:, 0] == pytest.approx(alone) and not prediction.received.any()
+    everywhere = predict_every_document_everywhere(np.array([4096]), 1, costs)
+    assert everywhere.total[:, 0] == pytest.approx(seconds_of_one_rank(np.array([4096]), costs))
+
+
+def test_ulysses_needs_heads_for_every_rank() -> None:
+    placement = place("document", np.array([0, 96]), context_parallel_size=3, window_length=96)
+    assert predict("ulysses", placement, CostModel(shape=SHAPE)) is None
+
+
+def test_chunks_are_dealt_out_evenly() -> None:
+    cu_seqlens = draw_window(TABLE, tokens=65536, longest=16384, seed=1)
+    placement = place_chunks(cu_seqlens, 8, 512)
+    held = np.bincount(placement.rank, weights=placement.stop - placement.start)
+    assert held.tolist() == [8192] * 8
+    owner = np.repeat(placement.rank, placement.stop - placement.start).reshape(-1, 512)
+    assert (owner == owner[:, :1]).all(), "a chunk has more than one rank"
+
+
+def test_padding_everywhere_costs_more_the_more_ranks_there_are() -> None:
+    lengths = np.full(64, 300)
+    totals = [
+        predict_every_document_everywhere(lengths, ranks, CostModel()).total.sum(axis=0).max() * ranks
+        for ranks in (2, 8, 32)
+    ]
+    assert totals == sorted(totals)
+    received = predict_every_document_everywhere(np.array([1, 1]), 4, CostModel()).received
+    assert received.tolist() == [3 * 4.0] * 4  # 8 tokens each once padded, 4 a rank, from three ranks
+
+
+def test_lengths_from_a_plain_file(tmp_path: Path) -> None:
+    path = tmp_path / "lengths.txt"
+    path.write_text("100\n\n700\n")
+    cu_seqlens = draw_window(path, tokens=5000, longest=500, seed=3)
+    assert cu_seqlens[-1] == 5000 and set(np.diff(cu_seqlens)[:-1]) == {100, 500}
+    path.write_text("100\nmany\n")
+    with pytest.raises(ValueError, match="lengths.txt, line 2: got 'many'"):
+        draw_window(path, tokens=5000, longest=500, seed=3)
+    with pytest.raises(ValueError, match="none there"):
+        draw_window(tmp_path / "no", tokens=5000, longest=500, seed=3)
+
+
+def samples_of(machine: Machine, sizes: tuple[int, ...]) -> list[Sample]:
+    """Samples that a machine of these rates would give."""
+    found = []
+    for seed, ranks in enumerate(sizes):
+        tokens = 8192 * ranks
+        cu_seqlens = draw_window(TABLE, tokens=tokens, longest=tokens // 4, seed=seed)
+        placement = place("document", cu_seqlens, context_parallel_size=ranks, window_length=tokens)
+        prediction = predict("sparse", placement, CostModel(machine, SHAPE))
+        case = SimpleNamespace(placement=placement, exchange="sparse", shape=SHAPE, ranks=ranks)
+        milliseconds = (one * 1e3 for one in (prediction.attention, prediction.exchange, prediction.total))
+        found.append(Sample(case, *milliseconds))
+    return found
+
+
+def test_calibration_finds_the_rates_of_a_machine() -> None:
+    machine = Machine(
+        forward_tflops=100, backward_tflops=80, forward_row_pairs=300, backward_row_pairs=200,
+        inside_gb_per_s=50, latency_us=20, memory_gb_per_s=400, contention=0.4,
+    )  # fmt: skip
+    found = calibrate(samples_of(machine, (1, 2, 4, 8)), Machine())
+    for name in ("forward_tflops", "backward_tflops", "forward_row_pairs", "backward_row_pairs",
+                 "inside_gb_per_s", "latency_us", "memory_gb_per_s", "contention"):  # fmt: skip
+        assert getattr(found, name) == pytest.approx(getattr(machine, name), rel=1e-3), name
+    assert found.between_gb_per_s == Machine().between_gb_per_s
+
+
+def test_calibration_on_one_rank_leaves_the_exchange_as_it_was() -> None:
+    found = calibrate(samples_of(Machine(forward_tflops=7), (1, 1)), Machine())
+    assert found.forward_tflops == pytest.approx(7)
+    assert (found.inside_gb_per_s, found.contention) == (Machine().inside_gb_per_s, Machine().contention)
+
+
+def test_least_squares_never_goes_below_zero() -> None:
+    columns = np.array([[1.0, 1.0], [1.0, 2.0], [1.0, 3.0]])
+    assert least_squares(columns, np.array([5.0, 7.0, 9.0])) == pytest.approx([3.0, 2.0])
+    found = least_squares(columns, np.array([9.0, 7.0, 5.0]))
+    assert found.min() == 0 and found.max() > 0
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{}", "expected a JSON file with an entry machine"),
+        ("nothing", "expected a JSON file with an entry machine"),
+        ('{"machine": {"speed": 3}}', "machine.speed: expected one of forward_tflops"),
+        ('{"machine": {"tile": 0}}', "machine.tile: got 0, expected a number above 0"),
+        ('{"machine": {"latency_us": -1}}', "machine.latency_us: got -1"),
+    ],
+)
+def test_a_bad_calibration_is_refused(tmp_path: Path, text: str, message: str) -> None:
+    path = tmp_path / "machine.json"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=message):
+        read_machine(path)
+
+
+def measured_rows(rank: int, world_size: int, table: Path) -> tuple[list[dict], Machine]:
+    settings = Sweep(
+        lengths=table, workloads=["file"], shapes=[SHAPE], sizes=[1, 2], placements=list(PLACEMENTS),
+        exchanges=["sparse"], tokens_per_rank=256, total_tokens=None, parts=4, repeats=2,
+        device=torch.device("cpu"),
+    )  # fmt: skip
+    rows, samples = sweep(settings, lambda rows: None)
+    return rows, add_predictions(rows, samples, Machine())
+
+
+def test_measuring_takes_layers_apart(tmp_path: Path) -> None:
+    (rows, machine), (other_rows, other_machine) = run_ranks(2, measured_rows, TABLE)
+    assert rows == other_rows and machine == other_machine
+    seen = [(row["ranks"], row["placement"], row["tokens"]) for row in rows]
+    assert seen == [(1, "document", 256), (1, "document", 512), *((2, kind, 512) for kind in PLACEMENTS)]
+    for row in rows:
+        assert row["attention_ms"] > 0 and row["exchange_ms"] > 0 and row["predicted_ms"] > 0
+        assert 0 <= row["hidden_ms"] <= row["exchange_ms"]
+        assert (row["megabytes"] > 0) == (row["ranks"] > 1)
+    path = tmp_path / "measured.json"
+    shape = dict(heads=4, groups=2, head_dim=16)
+    results = {
+        "kind": "measure", "rows": rows, "device": "CPU", "date": "today", "lengths": "x", "parts": 4,
+        "shape": shape, "tokens_per_rank": 256, "windows": 1, "ranks_per_node": None,
+        "machine": machine.__dict__,
+    }  # fmt: skip
+    path.write_text(json.dumps(results))
+    assert read_machine(path) == machine
+    write_report(tmp_path / "measured.html", results)
+    assert Report((tmp_path / "measured.html").read_text()).tags.count("img") == 1
