@@ -94,7 +94,7 @@ def test_every_row_adds_up(simulated: tuple[str, Path]) -> None:
 
 def test_simulated_rows_are_means_over_windows() -> None:
     settings = Settings(TABLE, CostModel(), tokens_per_rank=2048, windows=3)
-    [row] = [one for one in simulate(settings, 4) if "place_ms" in one]
+    [row] = [one for one in simulate(settings, 4) if "plan_ms" in one]
     windows = [draw_window(TABLE, tokens=8192, longest=2048, seed=seed) for seed in range(3)]
     placements = [place("document", one, context_parallel_size=4, window_length=8192) for one in windows]
     assert row["balance"] == pytest.approx(np.mean([balance(one) for one in placements]))

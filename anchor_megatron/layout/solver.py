@@ -12,6 +12,8 @@ then ways that cut more are tried too, and area goes before rows. Deterministic.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 
 from anchor_megatron.layout.attempt import Attempt, Settings, zigzag
@@ -47,17 +49,25 @@ def split_documents(cu_seqlens: np.ndarray, ranks: int, costs: CostModel) -> tup
     if cu_seqlens.size == 2 or ranks == 1:
         return zigzag(int(cu_seqlens[-1]), ranks)
     lengths = np.diff(cu_seqlens)
+    tries = _tries(lengths, ranks, costs)
+    if min(one.unevenness for one in tries) > _UNEVEN and costs.ranks_per_node is not None:
+        tries += _tries(lengths, ranks, replace(costs, ranks_per_node=None))
+    if min(one.unevenness for one in tries) > _UNEVEN:
+        tries += [_Try(lengths, ranks, settings, costs) for settings in _LAST_RESORTS]
+    best = min(tries, key=lambda one: (max(one.unevenness, _UNEVEN), one.seconds))
+    document, _, stop, rank = best.pieces
+    return cu_seqlens[document] + stop, rank
+
+
+def _tries(lengths: np.ndarray, ranks: int, costs: CostModel) -> list[_Try]:
+    """Tries until one is good; all, and looser ones, on few ranks."""
     tries = [_Try(lengths, ranks, _TRIED[0], costs)]
     for settings in _TRIED[1:]:
         if ranks <= _FEW or not any(one.is_good for one in tries):
             tries.append(_Try(lengths, ranks, settings, costs))
     if ranks <= _FEW:
         tries += [_Try(lengths, ranks, settings, costs) for settings in _LOOSE]
-    if min(one.unevenness for one in tries) > _UNEVEN:
-        tries += [_Try(lengths, ranks, settings, costs) for settings in _LAST_RESORTS]
-    best = min(tries, key=lambda one: (max(one.unevenness, _UNEVEN), one.seconds))
-    document, _, stop, rank = best.pieces
-    return cu_seqlens[document] + stop, rank
+    return tries
 
 
 class _Try:

@@ -23,17 +23,20 @@ __all__ = ["Traffic", "rows_received", "traffic"]
 
 @dataclass(frozen=True)
 class Traffic:
-    """Rows int64 [ranks]; `node_crossing` int64 [nodes].
+    """Rows int64 [ranks]; those of nodes int64 [nodes].
 
-    received, sent  by every rank
-    crossing        received from ranks of other nodes
-    node_crossing   that a node needs from others, each row counted once however many of its ranks need it
+    received, sent              by every rank
+    crossing, crossing_sent     those of them from and to ranks of other nodes
+    node_crossing, node_sent    from and to other nodes if a row goes to each node once, however many of its
+                                ranks need it
     """
 
     received: np.ndarray
     sent: np.ndarray
     crossing: np.ndarray
+    crossing_sent: np.ndarray
     node_crossing: np.ndarray
+    node_sent: np.ndarray
 
 
 def rows_received(
@@ -64,11 +67,14 @@ def traffic(
     mine = np.flatnonzero(split[document])
     mine = mine[np.lexsort((stop[mine], document[mine]))]
     document, stop, tokens, node, rank = (x[mine] for x in (document, stop, tokens, node, rank))
+    sent = _sent(document, stop, tokens, rank, ranks)
     return Traffic(
-        received,
-        _sent(document, stop, tokens, rank, ranks),
-        _from_elsewhere(document, stop, tokens, node, rank, ranks),
-        rows_received(document, stop, tokens, node, nodes),
+        received=received,
+        sent=sent,
+        crossing=_from_elsewhere(document, stop, tokens, node, rank, ranks),
+        crossing_sent=sent - _sent(document * nodes + node, stop, tokens, rank, ranks),
+        node_crossing=rows_received(document, stop, tokens, node, nodes),
+        node_sent=_sent(document, stop, tokens, node, nodes),
     )
 
 

@@ -82,7 +82,8 @@ def _fit_exchange(samples: list[Sample], machine: Machine) -> Machine:
         costs = CostModel(machine, sample.case.shape)
         moved = placement_traffic(sample.case.placement)
         wire = np.maximum(moved.received, moved.sent) * costs.shape.row_bytes / 1e9
-        memory = moved_bytes(sample.case.placement, costs)
+        unit = CostModel(replace(machine, memory_gb_per_s=1.0), sample.case.shape)
+        memory = row_seconds(sample.case.placement, moved, unit)
         for direction in (0, 1):
             columns.append(np.stack([np.ones(wire.size), wire, memory[direction]], axis=1))
             values.append(sample.exchange[direction] / 1e3)
@@ -93,14 +94,8 @@ def _fit_exchange(samples: list[Sample], machine: Machine) -> Machine:
     return replace(machine, **found)
 
 
-def moved_bytes(placement: Placement, costs: CostModel) -> np.ndarray:
-    """Gigabytes [2, ranks] that packing, gathering and summing read and write."""
-    unit = CostModel(replace(costs.machine, memory_gb_per_s=1.0), costs.shape)
-    return row_seconds(placement, unit)
-
-
 def _fit_contention(samples: list[Sample], machine: Machine) -> Machine:
-    """The contention at which totals come closest; a few Gauss-Newton steps, as the slowest rank may change."""
+    """The contention at which totals come closest: Gauss-Newton, in steps as the slowest rank changes."""
     measured = np.concatenate([sample.total.max(axis=1) / 1e3 for sample in samples])
 
     def totals(contention: float) -> np.ndarray:

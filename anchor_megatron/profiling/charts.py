@@ -49,7 +49,7 @@ def balance_chart(rows: Rows) -> bytes:
             "shuffled chunks",
         ]
         _lines(axes, rows, "balance", names)
-        worst = [row for row in rows if "place_ms" in row]
+        worst = [row for row in rows if "plan_ms" in row]
         axes.plot(
             [row["ranks"] for row in worst], [row["worst_balance"] for row in worst], ":", color="#0b5fa5",
             label="ours, the worst window",

@@ -17,6 +17,7 @@ import numpy as np
 
 from anchor_megatron.layout.cost import CostModel
 from anchor_megatron.layout.placement import Placement, placement_traffic, received_rows
+from anchor_megatron.layout.traffic import Traffic
 
 __all__ = ["Prediction", "predict", "seconds_of_one_rank"]
 
@@ -28,6 +29,7 @@ class Prediction:
     """attention, exchange  seconds float64 [2, ranks], forward and backward, of either alone
     total                of both together
     received, sent       rows of keys and values, or as many bytes, float64 [ranks], in the forward pass
+    moved                the same with what crosses nodes; None where it does not follow documents
     """
 
     attention: np.ndarray
@@ -35,6 +37,7 @@ class Prediction:
     total: np.ndarray
     received: np.ndarray
     sent: np.ndarray
+    moved: Traffic | None = None
 
 
 def predict(exchange: str, placement: Placement, costs: CostModel) -> Prediction | None:
@@ -65,9 +68,8 @@ def _sparse(placement: Placement, costs: CostModel, *, rounds: int) -> Predictio
     )
     attention = local + waiting
     moved = placement_traffic(placement, ranks_per_node=costs.ranks_per_node)
-    latency = rounds * costs.machine.latency_us / 1e6 * (placement.context_parallel_size > 1)
-    wire = latency + costs.transfer_seconds(np.maximum(moved.received, moved.sent), moved.crossing)
-    memory = row_seconds(placement, costs)
+    wire = _wire_seconds(moved, placement.context_parallel_size, costs, rounds)
+    memory = row_seconds(placement, moved, costs)
     hidden = np.minimum(wire, local)
     if rounds > 1:  # each round's outputs are merged in fp32, under the next round's transfer
         values = costs.shape.heads * costs.shape.head_dim * 8 * (rounds - 1)
@@ -75,14 +77,28 @@ def _sparse(placement: Placement, costs: CostModel, *, rounds: int) -> Predictio
         memory = memory + merged / costs.machine.memory_gb_per_s / 1e9
         hidden = np.minimum(wire, local + waiting * (1 - 1 / rounds))
     total = attention + memory + wire - hidden + costs.machine.contention * hidden
-    return Prediction(attention, wire + memory, total, moved.received, moved.sent)
+    return Prediction(attention, wire + memory, total, moved.received, moved.sent, moved)
 
 
-def row_seconds(placement: Placement, costs: CostModel) -> np.ndarray:
+def _wire_seconds(moved: Traffic, ranks: int, costs: CostModel, rounds: int) -> np.ndarray:
+    """Seconds [ranks] one way: every row to every rank that needs it, or, where that is quicker, to every
+    node once, its ranks sharing the link, and on from there.
+    """
+    latency = rounds * costs.machine.latency_us / 1e6 * (ranks > 1)
+    most = np.maximum(moved.received, moved.sent)
+    direct = latency + costs.transfer_seconds(most, np.maximum(moved.crossing, moved.crossing_sent))
+    if moved.node_crossing.size == 1:
+        return direct
+    near = ranks // moved.node_crossing.size
+    shared = np.repeat(np.maximum(moved.node_crossing, moved.node_sent) / near, near)
+    twice = 2 * latency + costs.transfer_seconds(shared, shared) + costs.transfer_seconds(moved.received)
+    return direct if direct.max() <= twice.max() else twice
+
+
+def row_seconds(placement: Placement, moved: Traffic, costs: CostModel) -> np.ndarray:
     """Seconds [2, ranks] in which rows are read and written besides travelling: packed and gathered; then
     gathered again, their gradients summed for the way home and added to the rank's own.
     """
-    moved = placement_traffic(placement)
     queries, keys = _queries_and_keys(placement)
     rows, gathered = (_by_rank(placement, one) for one in (queries, np.where(_waits(placement), keys, 0)))
     forward = 2 * moved.sent + 2 * gathered

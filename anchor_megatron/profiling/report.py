@@ -106,7 +106,7 @@ def _what(results: dict[str, Any]) -> str:
 
 def _headlines(rows: Rows) -> list[str]:
     """What a reader should take away, from the rows."""
-    ours = [row for row in rows if "place_ms" in row]
+    ours = [row for row in rows if "plan_ms" in row]
     last = max((row for row in ours if row["ranks"] <= 64), key=lambda row: row["ranks"], default=ours[-1])
     beside = {row["name"]: row for row in rows if row["ranks"] == last["ranks"] and row["name"] != "ours"}
     others = ", ".join(f"{html.escape(name)} {row['efficiency']:.0%}" for name, row in beside.items())
@@ -127,11 +127,11 @@ def _headlines(rows: Rows) -> list[str]:
 def _placement_rows(rows: Rows) -> str:
     header = (
         "<tr><th>ranks<th>balance<th>worst<th>target<th>bound<th>received<th>worst<th>target<th>bound<th>gap"
-        "<th>sent<th>place ms</tr>"
+        "<th>sent<th>plan ms</tr>"
     )
     lines = []
     for row in rows:
-        if "place_ms" not in row:
+        if "plan_ms" not in row:
             continue
         level, worst, share, _ = TARGETS.get(row["ranks"], (None, None, None, None))
         bound = row["least_received"]
@@ -144,7 +144,7 @@ def _placement_rows(rows: Rows) -> str:
             f"<td>{target}<td>{row['least_balance']:.3f}",
             _against(row["received"], share, 3),
             f"<td>{row['worst_received']:.3f}<td>{share or ''}<td>{bound:.3f}<td>{gap}",
-            f"<td>{row['sent']:.3f}<td>{row['place_ms']:.1f}",
+            f"<td>{row['sent']:.3f}<td>{row['plan_ms']:.1f}",
         ]
         lines.append(f"<tr>{''.join(cells)}</tr>")
     return f"<table>{header}{''.join(lines)}</table>"

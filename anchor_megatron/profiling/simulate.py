@@ -16,7 +16,8 @@ import numpy as np
 
 from anchor_megatron.layout.bounds import least_received_rows, least_unevenness
 from anchor_megatron.layout.cost import CostModel
-from anchor_megatron.layout.placement import PLACEMENTS, Placement, balance, place, placement_traffic
+from anchor_megatron.layout.placement import PLACEMENTS, Placement, balance, place
+from anchor_megatron.layout.plan import make_plan
 from anchor_megatron.profiling.predict import Prediction, predict, seconds_of_one_rank
 from anchor_megatron.profiling.rivals import CHUNK_SIZES, place_chunks, predict_every_document_everywhere
 from anchor_megatron.profiling.windows import draw_window
@@ -82,12 +83,14 @@ def _cases(settings: Settings, cu_seqlens: np.ndarray, ranks: int) -> Iterator[R
     for kind in PLACEMENTS:
         started = time.process_time()
         placement = _placed(kind, cu_seqlens, ranks, costs)
+        if kind == "document":
+            make_plan(placement, ranks - 1)  # any rank's plan is as quick as another's
         milliseconds = (time.process_time() - started) * 1e3
         for exchange in EXCHANGES if kind == "document" else EXCHANGES[:1]:
             level = exchange == "ulysses"  # heads are divided, whatever the placement
             found = figures(predict(exchange, placement, costs), None if level else placement)
             if found and (kind, exchange) == ("document", "sparse"):
-                found |= {"place_ms": milliseconds} | _bounds(cu_seqlens, ranks, settings.tokens_per_rank)
+                found |= {"plan_ms": milliseconds} | _bounds(cu_seqlens, ranks, settings.tokens_per_rank)
             yield {"name": "ours", "placement": kind, "exchange": exchange}, found
     everywhere = figures(predict_every_document_everywhere(lengths, ranks, costs), None)
     yield {"name": "TransformerEngine THD", "placement": "every document", "exchange": "p2p"}, everywhere
@@ -140,8 +143,7 @@ def _figures(
         "total_ms": (forward + backward) * 1e3,
         "efficiency": one_rank / ranks / (forward + backward),
     }
-    if placement is not None and costs.ranks_per_node is not None:
-        moved = placement_traffic(placement, ranks_per_node=costs.ranks_per_node)
+    if (moved := prediction.moved) is not None and costs.ranks_per_node is not None:
         found["crossing"] = float(moved.crossing.sum()) / (ring * ranks)
         found["node_crossing"] = float(moved.node_crossing.sum()) / (ring * ranks)
     return found

@@ -15,7 +15,7 @@ def placement_table(rows: Rows) -> str:
     """Ours against the targets and the bounds, a line a number of ranks."""
     lines = [
         "  CP | balance mean (worst)   target         bound | received mean (worst)    target   bound    gap"
-        " | place ms (target)"
+        " | plan ms (target)"
     ]
     for row in rows:
         if "least_received" in row:
@@ -32,7 +32,7 @@ def _placement_line(row: dict[str, Any]) -> str:
     return (
         f"{row['ranks']:>4} | {row['balance']:.4f} ({row['worst_balance']:.4f})   {target:<11} "
         f"{row['least_balance']:.4f} | {row['received']:.4f} ({row['worst_received']:.4f})   "
-        f"{f'{share:.3f}' if share else '':>8}  {bound:.4f}  {gap:>5} | {row['place_ms']:8.1f}{within}"
+        f"{f'{share:.3f}' if share else '':>8}  {bound:.4f}  {gap:>5} | {row['plan_ms']:8.1f}{within}"
     )
 
 
