@@ -5,8 +5,8 @@ follow.
 from __future__ import annotations
 
 import copy
+import importlib.util
 import json
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -18,8 +18,9 @@ import torch
 from anchor_megatron.attention.oracle import dense_attention
 from anchor_megatron.model.rotary import RotaryAngles
 from anchor_megatron.precision.attention import attention_weights, compare, spread_rows
-from anchor_megatron.precision.experiments import length_test, logit_test, mode_test, rope_test, shift_test
+from anchor_megatron.precision.experiments import length_test, logit_test, mode_test, shift_test
 from anchor_megatron.precision.findings import findings
+from anchor_megatron.precision.implementations import rope_test
 from anchor_megatron.precision.rope import EXACT, published_ropes, reduced_angles
 from anchor_megatron.precision.vectors import random_vectors, sink_vectors
 
@@ -127,23 +128,22 @@ def test_length_is_looked_at_from_the_end() -> None:
     assert rows[1]["first_attention"] == pytest.approx(1 / 512, rel=1)
 
 
+def run_tool(*words: str) -> int:
+    """The tool's exit status, in this process."""
+    description = importlib.util.spec_from_file_location("rope_precision", ROOT / "tools/rope_precision.py")
+    assert description is not None and description.loader is not None
+    tool = importlib.util.module_from_spec(description)
+    description.loader.exec_module(tool)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["rope_precision.py", *words])
+        return tool.main()
+
+
 @pytest.fixture(scope="module")
 def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The tool's output folder for a random model, with less of everything than by default."""
     folder = tmp_path_factory.mktemp("precision")
-    words = [
-        "tools/rope_precision.py",
-        "--tokens",
-        "64",
-        "--layers",
-        "2",
-        "--length",
-        "4096",
-        "--out",
-        str(folder),
-    ]
-    done = subprocess.run([sys.executable, *words], cwd=ROOT, capture_output=True, text=True, timeout=170)
-    assert done.returncode == 0, done.stderr
+    assert run_tool("--tokens", "64", "--layers", "2", "--length", "2048", "--out", str(folder)) == 0
     return folder
 
 
@@ -172,11 +172,19 @@ def test_sentences_follow_the_numbers(report: Path) -> None:
     assert eased and all(one.verdict == "supports" and "0.1 times" in one.text for one in eased)
 
 
-def test_wrong_input_ends_in_one_message(tmp_path: Path) -> None:
-    words = ["tools/rope_precision.py", "--hf", str(tmp_path)]
-    done = subprocess.run([sys.executable, *words], cwd=ROOT, capture_output=True, text=True)
-    assert (
-        done.returncode == 2
-        and done.stderr.startswith("rope_precision.py: ")
-        and done.stderr.count("\n") == 1
-    )
+def test_a_report_is_written_again_from_its_results(report: Path, tmp_path: Path) -> None:
+    assert run_tool("--results", str(report / "precision.json"), "--out", str(tmp_path)) == 0
+    for name in ("report.html", "precision.json"):
+        assert (tmp_path / name).read_text() == (report / name).read_text()
+
+
+def test_wrong_input_ends_in_one_message(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for words in (
+        ["--hf", str(tmp_path)],
+        ["--preset", "gpt-9"],
+        ["--length", "5"],
+        ["--results", "none.json"],
+    ):
+        assert run_tool(*words, "--out", str(tmp_path)) == 2
+        errors = capsys.readouterr().err
+        assert errors.startswith("rope_precision.py: ") and errors.count("\n") == 1

@@ -127,6 +127,7 @@ def truncated(prefix: Path, folder: Path) -> Path:
         ("model.num_experts=4 parallel.tensor=2", "parallel.sequence: got false, expected true for experts"),
         ("train.micro_batch_size=3", "train.global_batch_size: got 4, expected a multiple of"),
         ("attention.kernel=abacus", "attention.kernel: got 'abacus', expected one of"),
+        ("log.precision_layers=[2]", "log.precision_layers: got 2, expected layers from 0 to 1"),
         ("checkpoint.pretrained=gone", "checkpoint.pretrained: got gone, expected a checkpoint"),
     ],
 )
@@ -178,6 +179,15 @@ def test_reports_over_an_interval_sum_up_its_steps(run_file: Path) -> None:
     assert some[0]["tokens"] == each[0]["tokens"] + each[1]["tokens"]
     weighed = [report["loss"] * report["loss_tokens"] for report in each[:2]]
     assert some[0]["loss"] == pytest.approx(sum(weighed) / some[0]["loss_tokens"], rel=1e-6)
+
+
+def test_attention_is_watched_without_a_trace_in_training(run_file: Path) -> None:
+    plain = pretrain(1, run_file, "train.steps=4")
+    words = ["log.precision_interval=2", "log.precision_layers=[1]", "train.recompute=selective"]
+    found = pretrain(1, run_file, "train.steps=4", *words)
+    watched = {f"precision/layer_1/{name}" for name in ("anchor_share", "largest_logit", "shift_difference")}
+    assert [set(report) - FIGURES for report in found] == [set(), watched, set(), watched]
+    assert [report["loss"] for report in found] == [report["loss"] for report in plain]
 
 
 def test_every_mode_trains_and_is_its_own(run_file: Path) -> None:

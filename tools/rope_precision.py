@@ -33,9 +33,9 @@ def main() -> int:
     given = _parser().parse_args()
     if not torch.cuda.is_available():
         cpu.install()
-    torch.set_grad_enabled(False)
     try:
-        _run(given)
+        with torch.no_grad():
+            _run(given)
     except ValueError as error:
         print(f"rope_precision.py: {error}", file=sys.stderr)
         return 2
@@ -50,6 +50,9 @@ def _parser() -> argparse.ArgumentParser:
     source.add_argument("--hf", type=Path, help="a Hugging Face checkpoint's folder")
     source.add_argument("--checkpoint", type=Path, help="a training checkpoint's folder, or a folder of them")
     source.add_argument("--preset", help="the shape of a random model (anchor_megatron/presets.py)")
+    source.add_argument(
+        "--results", type=Path, help="a precision.json: write its report again, measure nothing"
+    )
     parser.add_argument("--layers", type=int, help="layers of a random model, where not the preset's own")
     parser.add_argument(
         "--text", type=Path, help="text for a model that has a tokenizer (default: our README)"
@@ -63,30 +66,43 @@ def _parser() -> argparse.ArgumentParser:
 
 def _run(given: argparse.Namespace) -> None:
     from anchor_megatron.precision.findings import findings
-    from anchor_megatron.precision.lab import Settings, measure
     from anchor_megatron.precision.report import summary_table, write_report
 
-    started = time.perf_counter()
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    settings = Settings.up_to(given.length, seed=given.seed)
-    if device.type == "cuda":
-        settings = dataclasses.replace(settings, kernel_lengths=(512, 2048, given.length))
-    results = measure(
-        _subjects(given, device), settings, device=device, say=lambda text: print(text, flush=True)
-    )
-    results["command"] = shlex.join(["python", "tools/rope_precision.py", *sys.argv[1:]])
-    results["device"] = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
-    results["torch"] = torch.__version__
-    results["seconds"] = round(time.perf_counter() - started, 1)
+    given.out.mkdir(parents=True, exist_ok=True)
+    results = _measured(given) if given.results is None else _read(given.results)
     found = findings(results)
     results["findings"] = [dataclasses.asdict(one) for one in found]
-    given.out.mkdir(parents=True, exist_ok=True)
     (given.out / "precision.json").write_text(json.dumps(results, indent=1) + "\n")
     write_report(results, found, given.out)
     print(summary_table(results))
     for one in found:
         print(f"- {one.text}")
     print(f"{results['seconds']:.0f} s; see {given.out / 'report.html'}")
+
+
+def _measured(given: argparse.Namespace) -> dict[str, Any]:
+    from anchor_megatron.precision.lab import Settings, measure
+
+    started = time.perf_counter()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    settings = Settings.up_to(given.length, seed=given.seed)
+    if device.type == "cuda":
+        settings = dataclasses.replace(settings, kernel_lengths=(512, 2048, given.length))
+    subjects = _subjects(given, device)
+    results = measure(subjects, settings, device=device, say=lambda text: print(text, flush=True))
+    return results | dict(
+        command=shlex.join(["python", "tools/rope_precision.py", *sys.argv[1:]]),
+        device=torch.cuda.get_device_name() if device.type == "cuda" else "CPU",
+        torch=torch.__version__,
+        seconds=round(time.perf_counter() - started, 1),
+    )
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text())
+    except (OSError, json.JSONDecodeError) as error:
+        raise ValueError(f"--results {path}: {error}") from error
 
 
 def _subjects(given: argparse.Namespace, device: torch.device) -> list[Any]:

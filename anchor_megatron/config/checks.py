@@ -66,6 +66,7 @@ _AT_LEAST_ZERO = (
     "optimizer.clip_grad",
     "train.seed",
     "checkpoint.save_interval",
+    "log.precision_interval",
 )
 
 
@@ -81,6 +82,10 @@ def check_config(config: Config) -> None:
             if got is not None and got < least:
                 raise ValueError(f"{name}: got {got}, expected at least {least}")
     _check_model(config)
+    for layer in config.log.precision_layers or ():
+        if not 0 <= layer < config.model.num_layers:
+            last = config.model.num_layers - 1
+            raise ValueError(f"log.precision_layers: got {layer}, expected layers from 0 to {last}")
     _check_tokens(config)
     _check_data(config)
 

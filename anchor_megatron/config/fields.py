@@ -230,6 +230,11 @@ class LogConfig:
     peak_tflops: float | None = None
     """Peak TFLOP/s of one rank, for the model-FLOPs utilisation; known GPUs' and, without a GPU, measured
     where null."""
+    precision_interval: int = 0
+    """Steps between looks at attention: anchor share, largest logit, shift difference (docs/precision.md); 0:
+    none."""
+    precision_layers: list[int] | None = None
+    """Layers looked at, counted from 0; the first, the middle and the last where null."""
 
 
 @dataclass

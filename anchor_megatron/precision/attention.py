@@ -18,17 +18,18 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from anchor_megatron.precision.rope import Rope
+
 __all__ = [
     "ARITHMETICS",
     "Difference",
     "Vectors",
+    "attention_scores",
     "attention_weights",
     "compare",
     "spread_rows",
     "weights_of",
 ]
-
-from anchor_megatron.precision.rope import Rope
 
 ARITHMETICS = ("fused", "eager")
 
@@ -65,6 +66,19 @@ class Difference:
         return float(self.per_key[0] / self.per_key.sum())
 
 
+def attention_scores(q_RNH: Tensor, k_TGH: Tensor, rows_R: Tensor, *, scale: float) -> Tensor:
+    """Causal scores [N, R, T] of the queries at indices `rows_R`, FP32 (FP64 for FP64 inputs), -inf for keys
+    behind.
+    """
+    wide = torch.promote_types(q_RNH.dtype, torch.float32)
+    repeats = q_RNH.shape[1] // k_TGH.shape[1]
+    q_GARH = q_RNH.to(wide).unflatten(1, (-1, repeats)).permute(1, 2, 0, 3)
+    scores = q_GARH.flatten(1, 2) @ k_TGH.to(wide).permute(1, 2, 0)  # [G, A*R, T]: A query heads share a key
+    scores_NRT = scores.unflatten(1, (repeats, -1)).flatten(0, 1) * scale
+    hidden = torch.arange(k_TGH.shape[0], device=rows_R.device)[None] > rows_R[:, None]
+    return scores_NRT.masked_fill_(hidden, float("-inf"))
+
+
 def attention_weights(
     q_RNH: Tensor, k_TGH: Tensor, rows_R: Tensor, *, scale: float, arithmetic: str = "fused"
 ) -> Tensor:
@@ -74,16 +88,11 @@ def attention_weights(
     inputs' type, as attention written as two matrix products does.
     """
     assert arithmetic in ARITHMETICS, f"got {arithmetic!r}, expected one of {ARITHMETICS}"
-    wide = torch.promote_types(q_RNH.dtype, torch.float32)
-    repeats = q_RNH.shape[1] // k_TGH.shape[1]
-    q_GARH = q_RNH.to(wide).unflatten(1, (-1, repeats)).permute(1, 2, 0, 3)
-    scores = q_GARH.flatten(1, 2) @ k_TGH.to(wide).permute(1, 2, 0)  # [G, A*R, T]
-    scores_NRT = scores.unflatten(1, (repeats, -1)).flatten(0, 1) * scale
-    if arithmetic == "eager":
-        scores_NRT = scores_NRT.to(q_RNH.dtype).to(wide)
-    hidden = torch.arange(k_TGH.shape[0], device=rows_R.device)[None] > rows_R[:, None]
-    weights_NRT = scores_NRT.masked_fill_(hidden, float("-inf")).softmax(dim=-1)
-    return weights_NRT.to(q_RNH.dtype).to(wide) if arithmetic == "eager" else weights_NRT
+    scores_NRT = attention_scores(q_RNH, k_TGH, rows_R, scale=scale)
+    if arithmetic == "fused":
+        return scores_NRT.softmax(dim=-1)
+    rounded = scores_NRT.to(q_RNH.dtype).to(scores_NRT.dtype).softmax(dim=-1)
+    return rounded.to(q_RNH.dtype).to(scores_NRT.dtype)
 
 
 def weights_of(

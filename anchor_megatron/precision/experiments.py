@@ -4,10 +4,8 @@
     length_test    the same, by the length of the sequence, for its last queries
     logit_test     the first token's score by the distance of the query, against FP64
     mode_test      one document far into a window, in each mode: against FP64, and against its place in front
-    kernel_test    the output of the project's own attention kernel under a shift, and against FP64
-    rope_test      turned vectors against FP64, as a multiple of the error of one rounding
 
-Source: arXiv 2411.13476, sections 2 and 3 (a to c); the multiples are ours.
+Source: arXiv 2411.13476, sections 2 and 3.
 
 Legend: T tokens, N query heads, G key/value heads, R query rows, H head dim.
 """
@@ -21,23 +19,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from anchor_megatron.attention.choose import choose_kernel
-from anchor_megatron.attention.kernels import Segments
 from anchor_megatron.layout.modes import positions as mode_positions
 from anchor_megatron.precision.attention import Vectors, compare, spread_rows, weights_of
 from anchor_megatron.precision.rope import EXACT, Rope
 
-__all__ = [
-    "Row",
-    "kernel_test",
-    "key_profile",
-    "length_test",
-    "logit_test",
-    "mode_test",
-    "octaves",
-    "rope_test",
-    "shift_test",
-]
+__all__ = ["Row", "key_profile", "length_test", "logit_test", "mode_test", "octaves", "shift_test"]
 
 Row = dict[str, Any]
 _MODES = ("document_reset", "document", "anchor")
@@ -216,91 +202,6 @@ def _document_positions(mode: str, offset: int, length: int) -> Tensor:
     """
     borders = np.array([0, *([offset] if offset else []), offset + length])
     return torch.from_numpy(mode_positions(mode, borders, window_length=offset + length)[offset:])
-
-
-def kernel_test(
-    vectors: Vectors,
-    ropes: Sequence[Rope],
-    *,
-    reference: int,
-    shift: int,
-    lengths: Sequence[int],
-    rows: int = 16,
-) -> list[Row]:
-    """The kernel that training takes here, on the first `lengths` tokens, with seeded random values.
-
-    moved: relative change of the whole output under the shift. error: relative departure of the last `rows`
-    outputs from FP64. Implementations in BF16 only.
-    """
-    device = vectors.k_TGH.device
-    head_dim = vectors.k_TGH.shape[-1]
-    kernel = choose_kernel("auto", device=device, dtype=torch.bfloat16, head_dim=head_dim)
-    generator = torch.Generator().manual_seed(1)
-    values = torch.randn(max(lengths), *vectors.k_TGH.shape[1:], generator=generator).bfloat16().to(device)
-    found = []
-    for length in lengths:
-        q_TNH, k_TGH, v_TGH = vectors.q_TNH[:length], vectors.k_TGH[:length], values[:length]
-        borders = torch.tensor([0, length], dtype=torch.int32, device=device)
-        segments = Segments(borders, borders, length, length)
-        places = torch.arange(length, device=device)
-        part = Vectors(vectors.name, q_TNH, k_TGH, vectors.frequencies, vectors.scale)
-        weights_NRT = weights_of(part, EXACT, places + reference, places[-rows:])
-        repeats = q_TNH.shape[1] // k_TGH.shape[1]
-        v_NTH = v_TGH.double().transpose(0, 1).repeat_interleave(repeats, dim=0)
-        exact_RNH = (weights_NRT @ v_NTH).transpose(0, 1)
-        for rope in ropes:
-            outputs = []
-            for d in (reference, shift):
-                q, k = (rope(x, places + d, vectors.frequencies).contiguous() for x in (q_TNH, k_TGH))
-                out = torch.empty_like(q)
-                kernel.forward(q, k, v_TGH.contiguous(), segments, scale=vectors.scale, out_TNH=out)
-                outputs.append(out.double())
-            here, there = outputs
-            found.append(
-                dict(
-                    vectors=vectors.name,
-                    kernel=kernel.name,
-                    rope=rope.name,
-                    length=length,
-                    reference=reference,
-                    shift=shift,
-                    moved=float((there - here).norm() / here.norm()),
-                    error=float((here[-rows:] - exact_RNH).norm() / exact_RNH.norm()),
-                )
-            )
-    return found
-
-
-def rope_test(
-    vectors: Vectors, ropes: Sequence[Rope], *, positions: Sequence[int], count: int = 256
-) -> list[Row]:
-    """Query vectors at `count` positions up to each of `positions`: error against FP64.
-
-    multiple: of the error that rounding the exact result to BF16 once makes. angle: largest error of an
-    angle, radians.
-    """
-    x_TNH = vectors.q_TNH[spread_rows(vectors.q_TNH.shape[0], count, vectors.q_TNH.device)]
-    found = []
-    for last in positions:
-        places = torch.arange(last - x_TNH.shape[0] + 1, last + 1, device=x_TNH.device)
-        exact = EXACT(x_TNH, places, vectors.frequencies)
-        rounding = (exact.bfloat16().double() - exact).norm()
-        for rope in ropes:
-            error = (rope(x_TNH, places, vectors.frequencies).double() - exact).norm()
-            off = rope.angles(places, vectors.frequencies).double() - EXACT.angles(
-                places, vectors.frequencies
-            )
-            off = torch.remainder(off + torch.pi, 2 * torch.pi) - torch.pi
-            found.append(
-                dict(
-                    rope=rope.name,
-                    position=last,
-                    multiple=float(error / rounding),
-                    relative_error=float(error / exact.norm()),
-                    angle=float(off.abs().max()),
-                )
-            )
-    return found
 
 
 def _rms(values: Tensor) -> float:

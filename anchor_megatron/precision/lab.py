@@ -15,15 +15,8 @@ import torch
 from torch import Tensor
 
 from anchor_megatron.precision.attention import Vectors
-from anchor_megatron.precision.experiments import (
-    Row,
-    kernel_test,
-    length_test,
-    logit_test,
-    mode_test,
-    rope_test,
-    shift_test,
-)
+from anchor_megatron.precision.experiments import Row, length_test, logit_test, mode_test, shift_test
+from anchor_megatron.precision.implementations import kernel_test, rope_test
 from anchor_megatron.precision.model import Probe, model_shift_test
 from anchor_megatron.precision.rope import Rope, published_ropes, te_kernel_ropes
 from anchor_megatron.precision.vectors import random_vectors, sink_vectors
@@ -107,7 +100,7 @@ def measure(
     results["shift"] = [row for one in both for row in _shift(one, ropes, settings)]
     say(f"lengths up to {max(settings.lengths):,}")
     looked_at = [rope for rope in ropes if rope.name in _LOOKED_AT]
-    options = dict(
+    options: dict[str, Any] = dict(
         reference=settings.reference, shift=100_000, lengths=settings.lengths, rows=settings.far_rows
     )
     far_both = (far, sink_vectors(far, span=span))
@@ -133,7 +126,7 @@ def _measure_model(
 ) -> None:
     """Adds a model's rows to every table that has room for them."""
     chosen = [rope for rope in ropes if rope.name not in ("megatron", "ours_unfused")]
-    options = dict(
+    options: dict[str, Any] = dict(
         name=subject.name, reference=settings.reference, shifts=settings.shifts, rows=settings.rows
     )
     results["layers"] += model_shift_test(subject.probe, subject.tokens, chosen, **options)
@@ -149,7 +142,7 @@ def _measure_model(
 
 
 def _shift(vectors: Vectors, ropes: Sequence[Rope], settings: Settings) -> list[Row]:
-    options = dict(reference=settings.reference, shifts=settings.shifts, rows=settings.rows)
+    options: dict[str, Any] = dict(reference=settings.reference, shifts=settings.shifts, rows=settings.rows)
     eager = [rope for rope in ropes if rope.name == "transformers"]
     return [
         *shift_test(vectors, ropes, **options),

@@ -7,7 +7,7 @@ query rows.
 
     probe = Probe(model, frequencies, scale_factor=1.0)
     before, after = (probe.run(tokens, rope, positions + d, rows) for d in (16, 100_000))
-    [compare(a, b).total for a, b in zip(before, after)]      # D by layer, deviations handed on to later layers
+    [compare(a, b).total for a, b in zip(before, after)]      # D by layer
 
 Legend: T tokens, N query heads, G key/value heads, R query rows, H head dim.
 """
@@ -87,16 +87,14 @@ class Probe:
     def _run(self, tokens: Tensor, rope: Rope, positions: Tensor, rows: Tensor, arithmetic: str) -> _Run:
         from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-        ALL_ATTENTION_FUNCTIONS[_NAME] = (
-            self._attend
-        )  # the table is the process's: other probes write there too
+        ALL_ATTENTION_FUNCTIONS[_NAME] = self._attend  # all probes write there
         self.model.to(rope.dtype)
         self._now = _Run(rope, positions, rows, arithmetic)
         self.model.model(input_ids=tokens[None], use_cache=False)
         done, self._now = self._now, None
         assert len(done.weights) == self.model.config.num_hidden_layers, (
-            f"{type(self.model).__name__}: {len(done.weights)} of {self.model.config.num_hidden_layers} layers "
-            "called the attention function"
+            f"{type(self.model).__name__}: {len(done.weights)} layers called the attention function, "
+            f"expected {self.model.config.num_hidden_layers}"
         )
         return done
 

@@ -7,13 +7,14 @@ import html
 from pathlib import Path
 from typing import Any
 
-from anchor_megatron.precision.findings import (
-    Finding,
+from anchor_megatron.precision.findings import Finding
+from anchor_megatron.precision.tables import (
     mean_over_layers,
     number,
     profile_per_key,
     shift_rows,
     source_title,
+    sources_of,
 )
 
 __all__ = ["PLOTS", "draw_plots", "summary_table", "write_report"]
@@ -33,6 +34,8 @@ _COLOURS = {
     "ours": "tab:blue", "ours_unfused": "tab:cyan", "bf16_angles": "black", "te_kernel": "tab:pink",
     "ours_kernel": "tab:green",
 }  # fmt: skip
+_STYLE = """body{font:15px/1.5 sans-serif;max-width:62em;margin:2em auto;padding:0 1em} img{max-width:100%}
+pre{overflow-x:auto;font-size:12px} .no{color:#a00} .yes{color:#060}"""
 _INTRODUCTION = """D is the change of one query's attention weights, summed over keys without sign and
 averaged over queries and heads: 0 is no change, 2 is nothing in common. The paper is <a
 href="https://arxiv.org/abs/2411.13476">arXiv 2411.13476</a>; two numbers within 10 % of each other are called
@@ -63,18 +66,15 @@ def summary_table(results: dict[str, Any]) -> str:
 def write_report(results: dict[str, Any], found: list[Finding], folder: Path) -> None:
     """Writes the plots as `folder`/NAME.png and the page as `folder`/report.html."""
     draw_plots(results, folder)
+    names = "".join(f"<li>{name}: {html.escape(title)}</li>" for name, title in results["ropes"].items())
+    run = (
+        f"{results['command']}, on {results['device']}, torch {results['torch']}, {results['seconds']:.0f} s."
+    )
     parts = [
         "<!doctype html><meta charset=utf-8><title>Precision report</title>",
-        "<style>body{font:15px/1.5 sans-serif;max-width:62em;margin:2em auto;padding:0 1em}img{max-width:100%}"
-        "pre{overflow-x:auto;font-size:12px}.no{color:#a00}.yes{color:#060}</style>",
-        "<h1>Rotary embedding in BF16: what this run found</h1>",
-        f"<p>{_INTRODUCTION}</p>",
-        f"<p>{html.escape(results['command'])}, on {html.escape(results['device'])}, torch {results['torch']}, "
-        f"{results['seconds']:.0f} s.</p>",
-        f"<pre>{html.escape(summary_table(results))}</pre>",
-        "<ul>"
-        + "".join(f"<li>{name}: {html.escape(title)}</li>" for name, title in results["ropes"].items()),
-        "</ul>" + _verdicts(found),
+        f"<style>{_STYLE}</style><h1>Rotary embedding in BF16: what this run found</h1>",
+        f"<p>{_INTRODUCTION}</p><p>{html.escape(run)}</p>",
+        f"<pre>{html.escape(summary_table(results))}</pre><ul>{names}</ul>{_verdicts(found)}",
     ]
     for section, title in _SECTIONS.items():
         mine = [finding for finding in found if finding.section == section]
@@ -131,24 +131,18 @@ def _panels(plt: Any, results: dict[str, Any], sources: list[str]) -> tuple[Any,
     return figure, list(zip(axes[0], sources, strict=True))
 
 
-def _sources(rows: list[dict[str, Any]]) -> list[str]:
-    return list(dict.fromkeys(row["vectors"] for row in rows))
-
-
 def _lines(axis: Any, rows: list[dict[str, Any]], x: str, y: str, **style: Any) -> None:
     """A line an implementation, in its colour."""
     for rope in dict.fromkeys(row["rope"] for row in rows):
         mine = [row for row in rows if row["rope"] == rope]
-        axis.plot(
-            [row[x] for row in mine], [row[y] for row in mine], color=_COLOURS[rope], marker="o", markersize=3,
-            label=rope, **style,
-        )  # fmt: skip
+        marks = dict(color=_COLOURS[rope], marker="o", markersize=3, label=rope)
+        axis.plot([row[x] for row in mine], [row[y] for row in mine], **marks, **style)
 
 
 def _draw_shift(plt: Any, results: dict[str, Any]) -> Any:
     # Megatron-Core's unfused arithmetic is that of transformers: one line would hide the other
     rows = [r for r in shift_rows(results) if r["arithmetic"] == "fused" and r["rope"] != "megatron"]
-    figure, panels = _panels(plt, results, _sources(rows))
+    figure, panels = _panels(plt, results, sources_of(rows))
     for axis, source in panels:
         _lines(axis, [row for row in rows if row["vectors"] == source], "shift", "difference")
         axis.set(xscale="symlog", yscale="log", xlabel="shift of all positions, tokens")
@@ -162,7 +156,7 @@ def _draw_first(plt: Any, results: dict[str, Any]) -> Any:
         row for row in shift_rows(results)
         if row["arithmetic"] == "fused" and row["shift"] == 10_000 and row["rope"] in ("transformers", "ours")
     ]  # fmt: skip
-    figure, panels = _panels(plt, results, _sources(rows))
+    figure, panels = _panels(plt, results, sources_of(rows))
     for axis, source in panels:
         for row in (row for row in rows if row["vectors"] == source):
             heights = [part / sum(row["profile"]) for part in profile_per_key(row)]
@@ -179,7 +173,7 @@ def _draw_first(plt: Any, results: dict[str, Any]) -> Any:
 def _draw_logit(plt: Any, results: dict[str, Any]) -> Any:
     every = mean_over_layers(results["logit"], "rope", "distance")
     rows = [row for row in every if row["rope"] not in ("megatron", "bf16_angles")]
-    figure, panels = _panels(plt, results, _sources(rows))
+    figure, panels = _panels(plt, results, sources_of(rows))
     for axis, source in panels:
         _lines(axis, [row for row in rows if row["vectors"] == source], "distance", "error")
         axis.set(xscale="log", yscale="log", xlabel="distance of the query, tokens")
@@ -189,7 +183,7 @@ def _draw_logit(plt: Any, results: dict[str, Any]) -> Any:
 
 
 def _draw_length(plt: Any, results: dict[str, Any]) -> Any:
-    figure, panels = _panels(plt, results, _sources(results["length"]))
+    figure, panels = _panels(plt, results, sources_of(results["length"]))
     for axis, source in panels:
         mine = [row for row in results["length"] if row["vectors"] == source]
         _lines(axis, mine, "length", "difference")
@@ -208,7 +202,7 @@ def _draw_length(plt: Any, results: dict[str, Any]) -> Any:
 def _draw_modes(plt: Any, results: dict[str, Any]) -> Any:
     every = mean_over_layers(results["modes"], "mode", "rope", "offset")
     rows = [row for row in every if row["rope"] in ("transformers", "ours")]
-    figure, panels = _panels(plt, results, _sources(rows))
+    figure, panels = _panels(plt, results, sources_of(rows))
     styles = {"document_reset": ":", "document": "--", "anchor": "-"}
     for axis, source in panels:
         for mode, style in styles.items():

@@ -5,7 +5,7 @@ is made and where results are rounded; pair of frequency 1 at position 1,048,575
 -0.60319:
 
     FP64 product, reduced mod 2 pi, FP32 cosine          -0.60319
-    FP32 product of position and frequency               exact for frequency 1; off by up to 0.06 rad for others
+    FP32 product of position and frequency               exact for frequency 1, others off by up to 0.06 rad
     cosine rounded to BF16                               -0.60156
     position itself rounded to BF16 (1,048,576)           0.23, another angle altogether
 
@@ -142,6 +142,6 @@ def te_kernel_ropes() -> tuple[Rope, ...]:
         return ()
     half = torch.bfloat16
     return (
-        Rope("te_kernel", "BF16, TransformerEngine's kernel, FP32 product", half, fp32_angles, turn_te_kernel),
-        Rope("ours_kernel", "BF16, TransformerEngine's kernel, our angles", half, reduced_angles, turn_te_kernel),
+        Rope("te_kernel", "BF16, the real kernel, FP32 angles", half, fp32_angles, turn_te_kernel),
+        Rope("ours_kernel", "BF16, the real kernel, our angles", half, reduced_angles, turn_te_kernel),
     )  # fmt: skip

@@ -19,6 +19,7 @@ from anchor_megatron.training.checkpoint import (
 )
 from anchor_megatron.training.evaluation import Evaluation
 from anchor_megatron.training.loader import batches, open_windows
+from anchor_megatron.training.monitor import Monitor
 from anchor_megatron.training.report import Reporter
 from anchor_megatron.training.setup import initialize_ranks
 from anchor_megatron.training.step import Trainee, build_trainee, train_step
@@ -44,15 +45,17 @@ class Run:
             config, windows, first_step=self.first_step, pin_memory=rank_device().type == "cuda"
         )
         self.reporter = Reporter(config)
+        self.monitor = Monitor(config, self.trainee.gpt)
 
     def train(self) -> None:
         """Steps to `train.steps`, reporting and saving on the way. All ranks call it together."""
         for step in range(self.first_step + 1, _last_step(self.config) + 1):
             learning_rate = self.trainee.optimizer.param_groups[0]["lr"]
-            result = train_step(self.config, self.trainee, self.batches)
+            with self.monitor.watch(step) as watched:
+                result = train_step(self.config, self.trainee, self.batches)
             with self.reporter.paused():
                 held_out = self.evaluation.losses(self.trainee, step=step)
-            self.reporter.step(step, result, learning_rate=learning_rate, held_out=held_out)
+            self.reporter.step(step, result, learning_rate=learning_rate, held_out=held_out, watched=watched)
             if _saves(self.config, step):
                 _say(f"saved {save_checkpoint(self.config, self.trainee, step=step)}")
         self.reporter.close()

@@ -37,6 +37,7 @@ class Reporter:
         self.config = config
         self.peak = peak_tflops(config.log.peak_tflops)
         self.pending: list[StepResult] = []
+        self.watched: dict[str, float] = {}
         self.started = time.perf_counter()
         self.sinks = _sinks(config) if dist.get_rank() == 0 else []
 
@@ -48,20 +49,28 @@ class Reporter:
         self.started += time.perf_counter() - paused
 
     def step(
-        self, step: int, result: StepResult, *, learning_rate: float, held_out: dict[str, float]
+        self,
+        step: int,
+        result: StepResult,
+        *,
+        learning_rate: float,
+        held_out: dict[str, float],
+        watched: dict[str, float],
     ) -> dict[str, Any] | None:
         """Takes in step `step` (1 is the first); on a reporting step, and wherever there are `held_out`
-        losses to report with them, returns the figures since the last.
+        losses to report with them, returns the figures since the last, the newest `watched` ones (see
+        `monitor.py`) among them.
         """
         self.pending.append(result)
+        self.watched |= watched
         last = step in (self.config.train.steps, self.config.train.stop_after)
         if step % self.config.log.interval and not last and not held_out:
             return None
         sums = global_sums(self.pending)
         now = time.perf_counter()
         figures = self._figures(step, sums, seconds=now - self.started) | {"learning_rate": learning_rate}
-        figures |= held_out
-        self.started, self.pending = now, []
+        figures |= held_out | self.watched
+        self.started, self.pending, self.watched = now, [], {}
         for sink in self.sinks:
             sink(figures)
         return figures
