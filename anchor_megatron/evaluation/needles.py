@@ -203,9 +203,10 @@ def _word_list(
     asked: str,
 ) -> _Draft:
     """A context of coded words alone; the first three of the words are the answer."""
-    syllables = [a + b for a in "bdfgklmnprstvz" for b in "aeiou"]
-    names = {"".join(generator.choice(syllables, 3)) for _ in range(20000)}
-    words = [str(word) for word in generator.permutation(sorted(names))]
+    syllables = np.array([a + b for a in "bdfgklmnprstvz" for b in "aeiou"])
+    drawn = generator.choice(syllables.size**3, 20_000, replace=False)
+    parts = syllables[np.stack(np.unravel_index(drawn, (syllables.size,) * 3))]
+    words = ["".join(word) for word in parts.T]
 
     def filler(room: int) -> list[list[int]]:
         sizes = encode([f" {word}" for word in words[:300]])

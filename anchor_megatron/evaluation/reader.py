@@ -102,6 +102,21 @@ class Reader:
         return answers
 
     @torch.no_grad()
+    def last_hidden(self, tokens: np.ndarray) -> Tensor:
+        """The hidden state [D], fp32, of a document's last token, read with nothing kept. On every rank."""
+        hidden, index = self._hidden(tokens, np.array([0, tokens.size]), None)
+        rows = torch.from_numpy(np.flatnonzero(index == tokens.size - 1)).to(hidden.device)
+        found = hidden[rows].float().sum(dim=0)  # zeros on the ranks that do not hold it
+        dist.all_reduce(found, group=self.group)
+        return found
+
+    @torch.no_grad()
+    def continued(self, reading: Reading, tokens: list[int]) -> Tensor:
+        """The hidden state [D], fp32, of the last of `tokens` behind a context."""
+        reading.cache.forget_branches()
+        return self._go_on(reading, [(0, [*reading.left_over, *tokens], 0)])[-1].float()
+
+    @torch.no_grad()
     def losses(self, tokens: np.ndarray, cu_seqlens: np.ndarray) -> np.ndarray:
         """Cross entropy fp32 [S] of every token's successor in the documents with borders `cu_seqlens`, NaN for
         each document's last. Positions restart in each; S must be a multiple of the ranks. On every rank.
