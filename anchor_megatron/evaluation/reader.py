@@ -69,16 +69,25 @@ class Reader:
     @torch.no_grad()
     def score(self, reading: Reading, branches: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[Scored]:
         """Every (question, answer) scored as if the answer had been written: one forward pass for all."""
+        found = []
+        for (_, answer), logits in zip(branches, self.answer_logits(reading, branches), strict=True):
+            wanted = torch.tensor(list(answer), device=logits.device)
+            chosen = torch.log_softmax(logits, dim=-1).gather(1, wanted[:, None]).sum()
+            found.append(Scored(chosen.item(), tuple((logits.argmax(dim=-1) == wanted).tolist())))
+        return found
+
+    @torch.no_grad()
+    def answer_logits(
+        self, reading: Reading, branches: Sequence[tuple[Sequence[int], Sequence[int]]]
+    ) -> list[Tensor]:
+        """For every (question, answer) the logits, fp32 [answer's tokens, vocabulary], that foretell the answer."""
         rows = [[*reading.left_over, *question, *answer] for question, answer in branches]
         reading.cache.forget_branches()
         hidden = self._go_on(reading, [(n, row[:-1], 0) for n, row in enumerate(rows)])
         found, begin = [], 0
         for (_, answer), row in zip(branches, rows, strict=True):
             end = begin + len(row) - 1
-            logits = self.gpt.logits(hidden[end - len(answer) : end]).float()
-            wanted = torch.tensor(list(answer), device=logits.device)
-            chosen = torch.log_softmax(logits, dim=-1).gather(1, wanted[:, None]).sum()
-            found.append(Scored(chosen.item(), tuple((logits.argmax(dim=-1) == wanted).tolist())))
+            found.append(self.gpt.logits(hidden[end - len(answer) : end]).float())
             begin = end
         return found
 
