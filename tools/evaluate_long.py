@@ -81,7 +81,9 @@ def evaluate(name: str, path: Path, given: argparse.Namespace) -> Result:
 
 def judged(name: str, model: Opened, given: argparse.Namespace) -> Result:
     """Needles, then losses."""
-    encode = batch_encoder(encoder_source(model.tokenizer, given.tokenizer or Path(model.tokenizer.name_or_path)))
+    encode = batch_encoder(
+        encoder_source(model.tokenizer, given.tokenizer or Path(model.tokenizer.name_or_path))
+    )
     anchor = anchor_token_id(model.tokenizer, given.anchor_token)
     haystack = Haystack(given.text, encode, suffixes=tuple(given.suffix))
     longest = max(given.lengths)
@@ -108,9 +110,7 @@ def judged(name: str, model: Opened, given: argparse.Namespace) -> Result:
             )
         else:
             _say(f"{given.documents}: no file of {longest} tokens, so no loss by position")
-        result.figures["short_loss"] = short_loss(
-            model.reader, documents, window=given.window, anchor=anchor
-        )
+        result.figures["short_loss"] = short_loss(model.reader, documents, window=given.window, anchor=anchor)
     return result
 
 

@@ -110,5 +110,3 @@ def judge_sample(
             )
         )
     return found
-
-

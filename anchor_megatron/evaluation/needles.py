@@ -80,7 +80,9 @@ def draw_sample(
     needles = haystack.encode([text for _, text in draft.needles])
     room_for_filler = room - sum(map(len, needles))
     if room_for_filler < 0:
-        raise ValueError(f"{task}: got a length of {tokens} tokens, expected at least {tokens - room_for_filler}")
+        raise ValueError(
+            f"{task}: got a length of {tokens} tokens, expected at least {tokens - room_for_filler}"
+        )
     if draft.filler is not None:
         return Sample(task, _joined(draft.filler(room)), draft.questions)
     lines = haystack.fill(room_for_filler, generator)
@@ -104,8 +106,12 @@ def _with_needles(lines: list[list[int]], needles: list[list[int]], depths: list
     return found + lines[at:]
 
 
-_FIRST = "amber brisk calm dusky eager faint gentle hollow ivory jolly keen lunar mellow noble opal plain".split()
-_SECOND = "kestrel lantern meadow nettle orchard pebble quarry raven saddle thicket urchin valley walnut".split()
+_FIRST = (
+    "amber brisk calm dusky eager faint gentle hollow ivory jolly keen lunar mellow noble opal plain".split()
+)
+_SECOND = (
+    "kestrel lantern meadow nettle orchard pebble quarry raven saddle thicket urchin valley walnut".split()
+)
 
 
 def _keys(generator: np.random.Generator, count: int) -> list[str]:
@@ -220,7 +226,9 @@ def _word_list(
 
 
 _NAMES = "Ada Bruno Clara Dorian Elsa Felix Greta Hugo Ines Jonas Karla Leon".split()
-_FAMILIES = "Marlowe Norwood Ostler Pemberton Quill Rusk Sorrel Tamsin Underhill Varga Wexford Yardley".split()
+_FAMILIES = (
+    "Marlowe Norwood Ostler Pemberton Quill Rusk Sorrel Tamsin Underhill Varga Wexford Yardley".split()
+)
 _KINDS = ("locker", "parking space", "telephone", "library card")
 
 

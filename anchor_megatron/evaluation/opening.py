@@ -55,7 +55,9 @@ def opened(
         check_fit(gpt, step)
         state = dist_checkpointing.load({"model": gpt.sharded_state_dict()}, str(step))
         gpt.load_state_dict(state["model"])
-        found = load_tokenizer(tokenizer or (path if (path / "config.json").is_file() else step / "tokenizer"))
+        found = load_tokenizer(
+            tokenizer or (path if (path / "config.json").is_file() else step / "tokenizer")
+        )
     yield Opened(Reader(gpt), model, found)
 
 

@@ -67,7 +67,9 @@ class Reader:
         return Reading(cache, whole[held:].tolist(), held)
 
     @torch.no_grad()
-    def score(self, reading: Reading, branches: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[Scored]:
+    def score(
+        self, reading: Reading, branches: Sequence[tuple[Sequence[int], Sequence[int]]]
+    ) -> list[Scored]:
         """Every (question, answer) scored as if the answer had been written: one forward pass for all."""
         found = []
         for (_, answer), logits in zip(branches, self.answer_logits(reading, branches), strict=True):

@@ -68,7 +68,7 @@ class KeyValueCache:
     ) -> tuple[Tensor, Tensor]:
         """This rank's output fp32 [T, N, H] and log-sum-exp fp32 [T, N] for `rows` of the `new` ones."""
         tokens, heads, size = q_TNH.shape
-        pairs = [(self._context[layer], None)]
+        pairs: list[tuple[_Pair, Tensor | None]] = [(self._context[layer], None)]
         if self.group.rank() == 0:
             pairs.append((self._branches[layer], self._hidden(rows, new)))
         groups = pairs[0][0][0].shape[1]
@@ -81,15 +81,11 @@ class KeyValueCache:
                 found.masked_fill_(repeated, float("-inf"))
             scores.append(found)
         lse = torch.logsumexp(torch.stack([torch.logsumexp(one, dim=-1) for one in scores]), dim=0)
-        out = sum(
-            _product((one - lse[..., None]).exp_().to(q_TNH.dtype), values.transpose(0, 1))
-            for one, ((_, values), _) in zip(scores, pairs, strict=True)
-        )
-        assert isinstance(out, Tensor)
-        return tuple(
-            x.view(groups, tokens, heads // groups, -1).transpose(0, 1).reshape(tokens, heads, -1)
-            for x in (out, lse[..., None])
-        )  # type: ignore[return-value]
+        out = torch.zeros_like(q_GTrH, dtype=torch.float32)
+        for found, ((_, values), _) in zip(scores, pairs, strict=True):
+            weights = found.sub_(lse[..., None]).exp_().to(q_TNH.dtype)
+            out += _product(weights, values.transpose(0, 1))
+        return _rows_first(out, tokens), _rows_first(lse[..., None], tokens)
 
     def _hidden(self, rows: slice, new: int) -> Tensor:
         """Which branch rows the new `rows` do not see: those of other branches and later ones, bool [T, M]."""
@@ -117,3 +113,8 @@ def _product(left: Tensor, right: Tensor) -> Tensor:
     if left.is_cuda:
         return torch.bmm(left, right, out_dtype=torch.float32)
     return torch.bmm(left.float(), right.float())
+
+
+def _rows_first(x_GTrX: Tensor, tokens: int) -> Tensor:
+    """[G, T R, X] -> [T, N, X]."""
+    return x_GTrX.unflatten(1, (tokens, -1)).transpose(0, 1).flatten(1, 2)

@@ -32,9 +32,13 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("folders", nargs="+", type=Path)
-    parser.add_argument("--held-out", nargs="+", type=Path, required=True, help="folders for evaluation alone")
+    parser.add_argument(
+        "--held-out", nargs="+", type=Path, required=True, help="folders for evaluation alone"
+    )
     parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument("--most", type=float, default=8.0, help="million characters of a folder (%(default)s)")
+    parser.add_argument(
+        "--most", type=float, default=8.0, help="million characters of a folder (%(default)s)"
+    )
     parser.add_argument("--exercises", type=float, default=0.2, help="their share (%(default)s)")
     given = parser.parse_args()
     generator = np.random.default_rng(0)

@@ -65,6 +65,9 @@ def main() -> None:
         print(f"{found['seconds']:7.1f} s  {key}", flush=True)
 
     note("device", torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU")
+    untrained = build_trainee(short)
+    note("judged untrained", judge(untrained, lengths=given.lengths[:1]))  # chance, and a rehearsal
+    del untrained
     short = with_steps(short, given.pretrain_seconds, speed(short)["seconds_per_step"])
     trainee, log = train(short, None)
     note("pretrain", log)
@@ -138,11 +141,11 @@ def train(config: Config, base: list[torch.Tensor] | None) -> tuple[Trainee, dic
 
 def speed(config: Config, *, warm_up: int = 4, steps: int = 6) -> dict[str, Any]:
     """Seconds a step, tokens a second and attention's share of the GPU's time, of a model not kept."""
-    config = dataclasses.replace(
-        config, train=dataclasses.replace(config.train, steps=warm_up + steps + 1)
-    )
+    config = dataclasses.replace(config, train=dataclasses.replace(config.train, steps=warm_up + steps + 1))
     trainee = build_trainee(config)
-    ready = iter(list(batches(config, open_windows(config), first_step=0, pin_memory=torch.cuda.is_available())))
+    ready = iter(
+        list(batches(config, open_windows(config), first_step=0, pin_memory=torch.cuda.is_available()))
+    )
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
     for _ in range(warm_up):
@@ -186,11 +189,11 @@ class Judge:
         self.anchor = open_windows(long).anchor_token
         self.given = given
 
-    def __call__(self, trainee: Trainee) -> dict[str, Any]:
+    def __call__(self, trainee: Trainee, lengths: list[int] | None = None) -> dict[str, Any]:
         """Needles at every length, loss by position and on short documents."""
         reader, started = Reader(trainee.gpt), _now()
         needles = judge_needles(
-            reader, self.haystack, tasks=TASKS, lengths=self.given.lengths, samples=self.given.samples,
+            reader, self.haystack, tasks=TASKS, lengths=lengths or self.given.lengths, samples=self.given.samples,
             depths=5, anchor=self.anchor, seed=7, decode=None,
         )  # fmt: skip
         losses = loss_by_position(
