@@ -14,6 +14,7 @@ from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
 
 from anchor_megatron.config import Config
+from anchor_megatron.data.interleave import interleaved_slots
 from anchor_megatron.data.window import Window
 from anchor_megatron.layout.modes import MODES
 from anchor_megatron.model.builder import build_model
@@ -157,6 +158,63 @@ def test_replicated_anchors_equal_the_papers_shared_one(
     expected = shared_form_logits(llama(state, config), window)
     assert expected.std() > 0.5, "the peer's logits are too flat to tell a right mask from a wrong one"
     torch.testing.assert_close(found[own], expected, atol=1e-4, rtol=0)
+
+
+def interleaved(window: Window) -> Window:
+    """The window with its documents cut into chunks of about three tokens, shuffled."""
+    is_own = np.ones(window.tokens.size, dtype=bool)
+    is_own[window.cu_seqlens[:-1]] = False
+    generator = np.random.default_rng(7)
+    return replace(
+        window,
+        slots=interleaved_slots(window.cu_seqlens, is_own, filled=is_own.size, mean=3, generator=generator),
+    )
+
+
+def dense_logits(peer: Any, window: Window, mode: str) -> torch.Tensor:
+    """Logits of every row as `mode` defines them on the tokens in the order of their slots: a dense mask from
+    documents, explicit positions. In `anchor` one anchor stands in front, and the rows of its copies are nan.
+    """
+    order = np.argsort(window.slots)
+    documents = np.repeat(np.arange(window.document_ids.size), np.diff(window.cu_seqlens))
+    if mode == "anchor":
+        order = order[~np.isin(order, window.cu_seqlens[:-1])]
+        logits = torch.full((window.tokens.size, VOCAB), float("nan"))
+        ids, belongs = np.append(ANCHOR, window.tokens[order]), np.append(-1, documents[order])
+    else:
+        logits = torch.empty(window.tokens.size, VOCAB)
+        ids, belongs = window.tokens[order], documents[order] * (mode != "full")
+    place = np.arange(ids.size)
+    is_visible = (place[None] <= place[:, None]) & ((belongs[None] == belongs[:, None]) | (belongs[None] < 0))
+    positions = (order - window.cu_seqlens[documents[order]]) if mode == "document_reset" else place
+    mask = torch.zeros(is_visible.shape).masked_fill(~torch.from_numpy(is_visible), float("-inf"))
+    with torch.no_grad():
+        found = peer(
+            input_ids=torch.from_numpy(ids)[None],
+            attention_mask=mask[None, None],
+            position_ids=torch.from_numpy(positions)[None],
+        ).logits[0]
+    logits[order] = found[-order.size :]
+    return logits
+
+
+@pytest.mark.parametrize(
+    ("mode", "parallel"),
+    [*((mode, dict(context=2)) for mode in MODES), ("anchor", dict(tensor=2, context=2, sequence=True))],
+)
+def test_interleaved_documents_see_what_the_dense_mask_on_their_slots_allows(
+    weights: tuple[str, dict[str, torch.Tensor]], mode: str, parallel: dict[str, Any]
+) -> None:
+    folder, state = weights
+    config = tiny_config(vocab_size=VOCAB, parallel=parallel, data=dict(mode=mode))
+    window = interleaved(random_window(lengths=LENGTHS, vocab_size=VOCAB, seed=3))
+    found = all_logits(config.parallel.tensor * config.parallel.context, config, [window], folder)
+    if mode == "full":  # its plan counts tokens in the order of their slots
+        found = found[window.slots]
+    expected = dense_logits(llama(state, config), window, mode)
+    told = ~expected.isnan().any(dim=1)
+    assert int(told.sum()) == 64 - (len(LENGTHS) if mode == "anchor" else 0)
+    torch.testing.assert_close(found[told], expected[told], atol=1e-4, rtol=0)
 
 
 def test_modes_differ_as_they_should(weights: tuple[str, dict[str, torch.Tensor]]) -> None:

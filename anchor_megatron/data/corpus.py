@@ -47,6 +47,9 @@ class Corpus:
         self.lengths = _joined([one.lengths for one in self.sets])
         self.source_names, self.sources = _sources(self.sets)
 
+    def __reduce__(self) -> tuple[type[Corpus], tuple[Sequence[Documents]]]:
+        return Corpus, (self.sets,)  # workers open the index themselves
+
     def __len__(self) -> int:
         return self.lengths.size
 

@@ -51,7 +51,7 @@ class Window:
     cu_seqlens        int64 [D+1]  borders of the pieces
     document_ids      int64 [D]    -1 for padding; of joined documents the first
     document_offsets  int64 [D]    the piece's first own token inside its document
-    counts            what its documents add up to; zeros for a window made by hand
+    counts                         zeros for a window that nobody counts
     slots             int64 [S]    each row's place in the window; None: rows stand as they lie
     """
 

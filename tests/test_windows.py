@@ -1,0 +1,339 @@
+"""Windows under every option: each token once and in order, labels, leads, counts; any window directly."""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_packing import ANCHOR, epoch_windows, write_documents
+
+from anchor_megatron.data.arrange import PACKINGS
+from anchor_megatron.data.assemble import Labels
+from anchor_megatron.data.corpus import SPLITS, Corpus
+from anchor_megatron.data.documents import Documents
+from anchor_megatron.data.packing import Packing, WindowDataset
+from anchor_megatron.data.recipe import Recipe, make_groups
+from anchor_megatron.data.window import Window
+from anchor_megatron.testing.lengths import draw_lengths
+from anchor_megatron.testing.models import tiny_config
+from anchor_megatron.training import loader
+from anchor_megatron.training.batch import PlannedBatch
+
+END = 10**6
+LENGTH_TABLE = Path(__file__).parents[1] / "benchmarks" / "document_lengths.csv"
+
+
+def corpus_of(folder: Path, lengths: Sequence[int], sources: Sequence[int] | None = None) -> Corpus:
+    """Documents of consecutive numbers, from sources "s0", "s1", ... where these are given."""
+    documents = write_documents(folder / "set", list(map(int, lengths)))
+    if sources is not None:
+        documents.summary.sources[:] = [f"s{number}" for number in range(max(sources) + 1)]
+        documents.summary.write(folder / "set.json")
+        np.save(folder / "set_sources.npy", np.array(sources, dtype=np.uint8))
+        documents = Documents(folder / "set")
+    return Corpus([documents])
+
+
+def rows_by_document(windows: list[Window], corpus: Corpus, tags: list[list[int]] | None) -> dict[str, Any]:
+    """What the windows of an epoch show, taken apart row by row: own tokens, labels, counts."""
+    found: dict[str, Any] = dict(tokens=[], labels=[], tags=0, pieces=0, padding=0, joined=0)
+    first_tokens = 2 + np.cumsum([0, *corpus.lengths[:-1]])
+    for window in windows:
+        for document, offset, start, stop in zip(
+            window.document_ids,
+            window.document_offsets,
+            window.cu_seqlens,
+            window.cu_seqlens[1:],
+            strict=False,
+        ):
+            assert window.tokens[start] == ANCHOR
+            if document < 0:
+                assert stop == window.tokens.size, "padding is last"
+                assert (window.tokens[start:] == ANCHOR).all() and not window.loss_mask[start:].any()
+                found["padding"] += stop - start
+                continue
+            lead = [ANCHOR, *(tags[corpus.sources[document]] if tags else [])]
+            assert window.tokens[start : start + len(lead)].tolist() == lead
+            assert not window.loss_mask[start : start + len(lead) - 1].any(), "nothing is trained on a lead"
+            own = window.tokens[start + len(lead) : stop]
+            assert own.size and own[0] == first_tokens[document] + offset
+            found["tokens"].append(own)
+            found["tags"] += len(lead) - 1
+            found["pieces"] += 1
+            firsts = np.isin(own, first_tokens)
+            found["joined"] += int(firsts[1:].sum())
+            # inside a piece tokens count on, but for a joined document's first
+            assert (np.diff(own)[~firsts[1:]] == 1).all()
+        found["labels"].append(np.stack([window.tokens, window.labels], axis=1)[window.loss_mask])
+        assert not window.labels[~window.loss_mask].any()
+    return found
+
+
+@settings(max_examples=250)
+@given(
+    lengths=st.lists(st.integers(0, 40), min_size=1, max_size=25).filter(any),
+    seq_length=st.integers(6, 48),
+    kind=st.sampled_from(PACKINGS),
+    lookahead=st.integers(1, 4),
+    most_units=st.sampled_from([None, 1, 3]),
+    tagged=st.booleans(),
+    join=st.booleans(),
+    shortest=st.integers(0, 8),
+    interleave=st.sampled_from([0, 1, 5]),
+    labels=st.sampled_from([Labels(), Labels(anchor_loss=True), Labels(end_token=END)]),
+    seed=st.integers(0, 5),
+)
+def test_an_epoch_shows_every_token_once_and_in_order(
+    tmp_path_factory: pytest.TempPathFactory,
+    lengths: list[int],
+    seq_length: int,
+    kind: str,
+    lookahead: int,
+    most_units: int | None,
+    tagged: bool,
+    join: bool,
+    shortest: int,
+    interleave: int,
+    labels: Labels,
+    seed: int,
+) -> None:
+    corpus = corpus_of(tmp_path_factory.mktemp("data"), lengths, [n % 2 for n in range(len(lengths))])
+    kept = [n for n, length in enumerate(lengths) if length and (join or length >= shortest)]
+    if not kept:
+        return
+    tags = [[7 * END], [8 * END, 9 * END, 9 * END]][: max(corpus.sources) + 1] if tagged else None
+    packing = Packing(kind, lookahead, 2, most_units, shortest, join, interleave)
+    arguments: dict[str, Any] = dict(seq_length=seq_length, anchor_token=ANCHOR, seed=seed, labels=labels)
+    dataset = WindowDataset(corpus, packing=packing, tags=tags, **arguments)
+    windows = epoch_windows(dataset, 0)
+    found = rows_by_document(windows, corpus, tags)
+
+    firsts = 2 + np.cumsum([0, *lengths[:-1]])
+    every = np.concatenate([np.arange(firsts[n], firsts[n] + lengths[n]) for n in kept])
+    assert np.array_equal(np.sort(np.concatenate(found["tokens"])), every), "each token once"
+    pairs = np.concatenate(found["labels"])
+    inside = np.setdiff1d(every, firsts[kept])
+    expected = np.stack([inside - 1, inside], axis=1).tolist()
+    if labels.end_token is not None:
+        expected += [[firsts[n] + lengths[n] - 1, END] for n in kept]
+    if not labels.anchor_loss:
+        assert sorted(pairs.tolist()) == sorted(expected), "each label once, behind the token before it"
+    else:
+        assert np.isin(pairs[:, 1], every).all() and len(pairs) == len(inside) + found["pieces"] - sum(
+            int(w.document_offsets[i] > 0) for w in windows for i in range(w.document_ids.size)
+        )
+    check_counts(windows, found, corpus, kept, seq_length, most_units)
+    for window in windows:
+        check_slots(window, interleave)
+    again = pickle.loads(pickle.dumps(WindowDataset(corpus, packing=packing, tags=tags, **arguments)))
+    for n in reversed(range(len(windows))):
+        assert_same(again[n], windows[n])
+
+
+def check_counts(
+    windows: list[Window],
+    found: dict[str, Any],
+    corpus: Corpus,
+    kept: list[int],
+    seq_length: int,
+    most_units: int | None,
+) -> None:
+    for window in windows:
+        counts = window.counts
+        assert counts.tokens + counts.pieces + counts.tags + counts.padding == seq_length
+        assert most_units is None or counts.pieces <= most_units
+    total = {
+        name: sum(getattr(window.counts, name) for window in windows) for name in vars(windows[0].counts)
+    }
+    for name in ("tags", "pieces", "padding", "joined"):
+        assert total[name] == found[name], name
+    assert total["dropped"] == (corpus.lengths > 0).sum() - len(kept)
+    assert total["pieces"] + total["joined"] - total["cut"] == len(kept), "every document ends once"
+
+
+def check_slots(window: Window, interleave: int) -> None:
+    if not interleave:
+        assert window.slots is None
+        return
+    assert window.slots is not None
+    assert np.array_equal(np.sort(window.slots), np.arange(window.tokens.size)), "each place once"
+    for start, stop in zip(window.cu_seqlens, window.cu_seqlens[1:], strict=False):
+        assert (np.diff(window.slots[start:stop]) > 0).all(), "order is kept inside a document"
+    filled = window.tokens.size - window.counts.padding
+    assert (window.slots[filled:] == np.arange(filled, window.tokens.size)).all(), "padding stays behind"
+
+
+def assert_same(one: Window, other: Window) -> None:
+    for name, value in vars(one).items():
+        assert np.array_equal(value, getattr(other, name)), name
+
+
+def test_chunks_are_of_the_length_asked_for_and_mixed(tmp_path: Path) -> None:
+    corpus = corpus_of(tmp_path, [5000] * 20)
+    dataset = WindowDataset(
+        corpus, seq_length=40_000, anchor_token=ANCHOR, seed=0, packing=Packing(interleave=100)
+    )
+    slots = dataset[0].slots
+    assert slots is not None
+    chunks = 1 + (np.diff(slots) != 1).sum()
+    assert 40_000 / chunks == pytest.approx(100, rel=0.15)
+    ends = [int(slots[stop - 1]) for stop in dataset[0].cu_seqlens[1:]]
+    assert min(ends) > 30_000, "every document reaches through most of the window"
+
+
+def test_looking_ahead_balances_batches_and_cuts_fewer_documents(tmp_path: Path) -> None:
+    lengths = draw_lengths(LENGTH_TABLE, tokens=2_000_000, longest=32_768, seed=0)
+    corpus = corpus_of(tmp_path, lengths)
+    cut, balance = {}, {}
+    for kind in PACKINGS:
+        packing = Packing(kind, lookahead=8, batch_windows=8)
+        dataset = WindowDataset(corpus, seq_length=8192, anchor_token=ANCHOR, seed=0, packing=packing)
+        windows = epoch_windows(dataset, 0)
+        areas = np.array([(np.diff(window.cu_seqlens) ** 2).sum() for window in windows])
+        steps = areas[: len(areas) // 8 * 8].reshape(-1, 8)
+        balance[kind] = float((steps.max(axis=1) / steps.mean(axis=1)).mean())
+        cut[kind] = sum(window.counts.cut for window in windows)
+    assert balance["plain"] > 1.8 and balance["balanced"] < 1.2
+    whole_windows = (lengths // 8192).sum()  # which longer documents have to be cut into
+    assert cut["plain"] > 200 and max(cut["best_fit"], cut["balanced"]) - whole_windows < 50
+
+
+def test_a_document_of_ten_million_tokens_trains_across_windows(tmp_path: Path) -> None:
+    length, seq_length = 10_000_000, 131_072
+    corpus = corpus_of(tmp_path, [length, 1000])
+    dataset = WindowDataset(corpus, seq_length=seq_length, anchor_token=ANCHOR, seed=0)
+    count = dataset.windows_per_epoch(0)
+    assert count == -(-(length + 1001) // (seq_length - 1))
+    trained = np.sort(np.concatenate([dataset[n].labels[dataset[n].loss_mask] for n in range(count)]))
+    every = np.arange(3, length + 1002)  # but the documents' first tokens, 2 and length + 2
+    assert np.array_equal(trained, every[every != length + 2])
+
+
+def test_joined_documents_are_long_enough_and_of_one_source(tmp_path: Path) -> None:
+    lengths = [3, 50, 1, 2, 4, 60, 1, 1, 3, 2, 2, 1] * 3
+    corpus = corpus_of(tmp_path, lengths, [n % 2 for n in range(len(lengths))])
+    packing = Packing(shortest=6, join_short=True)
+    dataset = WindowDataset(corpus, seq_length=500, anchor_token=ANCHOR, seed=1, packing=packing)
+    [window] = epoch_windows(dataset, 0)
+    firsts = 2 + np.cumsum([0, *lengths[:-1]])
+    for start, stop in zip(window.cu_seqlens[:-2], window.cu_seqlens[1:-1], strict=True):
+        own = window.tokens[start + 1 : stop]
+        assert own.size >= 6
+        documents = np.searchsorted(firsts, own[np.isin(own, firsts)])
+        assert len(set(corpus.sources[documents])) == 1
+    assert window.counts.joined > 20 and window.counts.dropped == 0
+
+
+def test_sources_keep_their_share_and_long_documents_gain_theirs(tmp_path: Path) -> None:
+    generator = np.random.default_rng(0)
+    lengths, sources = generator.integers(1, 200, 4000), generator.integers(0, 3, 4000)
+    corpus = corpus_of(tmp_path, lengths, sources)
+    groups = make_groups(corpus, weights=[1], sampler="upsample_long", long_tokens=150, long_weight=4.0)
+    recipe = Recipe(groups, seed=0)
+    taken = np.concatenate([recipe.order(epoch) for epoch in range(4)])
+    own, found = (
+        np.bincount(sources[chosen], weights=lengths[chosen]) for chosen in (np.arange(4000), taken)
+    )
+    assert found == pytest.approx(4 * own, rel=0.02)
+    times = np.bincount(taken, minlength=4000) / 4
+    for source in range(3):
+        of_source = sources == source
+        long, short = times[of_source & (lengths > 150)], times[of_source & (lengths <= 150)]
+        assert long.mean() / short.mean() == pytest.approx(4, rel=0.02)
+        for group in (long, short):
+            assert np.ptp(group) <= 0.25, "none comes twice more often than another"
+
+
+def test_a_blend_takes_each_set_by_its_weight_and_shows_its_own_tokens(tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    (tmp_path / "b").mkdir()
+    sets = [
+        write_documents(tmp_path / "a" / "web", [20] * 90),
+        write_documents(tmp_path / "b" / "code", [60] * 10),
+    ]
+    with pytest.raises(ValueError, match="data sets of different vocab_size"):
+        Corpus(sets)
+    sets[1] = write_documents(tmp_path / "b" / "code", [60] * 30)
+    corpus = Corpus(sets)
+    assert corpus.source_names == ["web", "code"]
+    recipe = Recipe(make_groups(corpus, weights=[1, 3]), seed=0)
+    taken = np.concatenate([recipe.order(epoch) for epoch in range(3)])
+    share = corpus.lengths[taken[taken >= 90]].sum() / corpus.lengths[taken].sum()
+    assert share == pytest.approx(0.75, abs=0.01)
+    assert np.ptp(np.bincount(taken, minlength=120)[:90]) <= 1
+    documents = np.array([95, 3, 119, 0])
+    found = corpus.tokens(documents, np.array([0, 2, 59, 0]), np.array([3, 5, 60, 1]))
+    assert found.tolist() == [302, 303, 304, 64, 65, 66, 1801, 2]
+
+
+def test_splits_are_by_document_and_the_same_for_every_seed(tmp_path: Path) -> None:
+    corpus = corpus_of(tmp_path, range(1, 101))
+    parts = [corpus.split(0, [0.8, 0.15, 0.05], name) for name in SPLITS]
+    assert [part.size for part in parts] == [80, 15, 5]
+    assert np.array_equal(np.sort(np.concatenate(parts)), np.arange(100))
+    for seed in (0, 1):
+        groups = make_groups(corpus, weights=[1], splits=[0.8, 0.15, 0.05], split="valid")
+        assert set(Recipe(groups, seed=seed).order(0)) == set(parts[1])
+    with pytest.raises(ValueError, match="data.split: got no documents of .* for test"):
+        make_groups(corpus, weights=[1], splits=[0.999, 0.001, 0.0], split="test")
+
+
+def shards(
+    monkeypatch: pytest.MonkeyPatch, config: Any, *, replicas: int, first_step: int
+) -> list[list[PlannedBatch]]:
+    """The batches of every replica from `first_step` to the last."""
+    found = []
+    for rank in range(replicas):
+        state = SimpleNamespace(
+            get_data_parallel_rank=lambda rank=rank: rank,
+            get_data_parallel_world_size=lambda: replicas,
+            get_context_parallel_rank=lambda: 0,
+            get_context_parallel_world_size=lambda: 1,
+        )
+        monkeypatch.setattr(loader, "parallel_state", state)
+        size = config.train.micro_batch_size * replicas
+        monkeypatch.setattr(
+            loader, "micro_batches_per_step", lambda c, s=size: c.train.global_batch_size // s
+        )
+        windows = loader.open_windows(config)
+        found.append(list(loader.batches(config, windows, first_step=first_step, pin_memory=False)))
+    return found
+
+
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")  # more workers than this machine has cores
+@pytest.mark.parametrize("kind", ["plain", "balanced"])
+def test_windows_are_the_same_on_any_replicas_workers_and_after_resuming(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lengths = np.random.default_rng(0).integers(1, 120, 200)
+    write_documents(tmp_path / "set", lengths.tolist())
+    data = dict(train=str(tmp_path / "set"), packing=kind, packing_lookahead=2, interleave=9, num_workers=0)
+    config = tiny_config(
+        vocab_size=int(lengths.sum()) + 2, data=data, train=dict(steps=24, global_batch_size=8)
+    )
+
+    def rows(batches: list[PlannedBatch]) -> list[list[torch.Tensor]]:
+        names = ("tokens", "labels", "positions", "loss_mask")
+        device = torch.device("cpu")
+        return [[getattr(batch.to(device), name) for name in names] for batch in batches]
+
+    [[*straight]] = shards(monkeypatch, config, replicas=1, first_step=0)
+    expected = rows(straight)
+    assert len(expected) == 24 * 8
+    for replicas, workers, first in ((8, 0, 0), (8, 1, 13), (1, 4, 5), (2, 1, 23)):
+        config.data.num_workers = workers
+        found = [
+            rows(batches) for batches in shards(monkeypatch, config, replicas=replicas, first_step=first)
+        ]
+        joined = [batch for together in zip(*found, strict=True) for batch in together]
+        assert len(joined) == len(expected[first * 8 :])
+        for one, other in zip(joined, expected[first * 8 :], strict=True):
+            assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
