@@ -1,11 +1,11 @@
 # Each target makes its own virtual environment in $(VENV), and again when pyproject.toml or constraints.txt change.
-#   make test    make demo    make lint    make clean    PYTHON=python3.12 make venv
+#   make test    make faults    make demo    make lint    make clean    PYTHON=python3.12 make venv
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: venv demo test lint clean
+.PHONY: venv demo test faults lint clean
 
 venv: $(STAMP)
 
@@ -21,6 +21,9 @@ demo: $(STAMP)
 
 test: $(STAMP)
 	$(BIN)/python -m pytest -q
+
+faults: $(STAMP)
+	$(BIN)/python tests/faults/long.py
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -54,6 +54,9 @@ _AT_LEAST_ONE = (
     "train.micro_batch_size",
     "train.global_batch_size",
     "train.eval_steps",
+    "train.max_bad_steps",
+    "checkpoint.keep_last",
+    "checkpoint.keep_every",
     "log.interval",
 )
 _AT_LEAST_ZERO = (
@@ -65,6 +68,8 @@ _AT_LEAST_ZERO = (
     "optimizer.warmup_steps",
     "optimizer.clip_grad",
     "train.seed",
+    "train.max_minutes",
+    "train.distributed_timeout_minutes",
     "checkpoint.save_interval",
     "log.precision_interval",
 )

@@ -200,7 +200,11 @@ class TrainConfig:
     recompute: str = "none"
     """Activations recomputed in the backward pass: none, selective (attention only) or full (every layer)."""
     distributed_timeout_minutes: float = 10.0
-    """A collective that takes longer ends the job."""
+    """A collective that takes longer, or a step that does, ends the job, naming the ranks that are behind."""
+    max_minutes: float | None = None
+    """Stop, with a checkpoint, after the step in which this much time since the start is over."""
+    max_bad_steps: int = 3
+    """So many steps in a row whose loss or gradient is not finite (each is skipped) end the run."""
 
 
 @dataclass
@@ -211,6 +215,10 @@ class CheckpointConfig:
     """Folder of the run's checkpoints; the newest one there is resumed from. null: nothing is saved."""
     save_interval: int = 0
     """Steps between checkpoints; 0: only at the end."""
+    keep_last: int | None = None
+    """Good checkpoints to keep, the newest; older ones are deleted. null: all."""
+    keep_every: int | None = None
+    """Checkpoints of steps that this divides are kept as well."""
     pretrained: str | None = None
     """A checkpoint whose weights alone start a run that has none of its own yet."""
 

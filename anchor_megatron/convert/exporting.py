@@ -77,7 +77,7 @@ def checkpoint_folder(path: Path) -> Path:
         return path
     step = latest_checkpoint(path) if path.is_dir() else None
     if step is None:
-        raise ValueError(f"{path}: expected a checkpoint's folder or one with a file `latest`, got neither")
+        raise ValueError(f"{path}: expected a checkpoint's folder or a folder of them, got neither")
     return step
 
 

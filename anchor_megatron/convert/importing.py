@@ -1,6 +1,5 @@
 """Hugging Face to Megatron-Core: a folder that training loads at any parallel layout.
 
-    out/latest                      "step_0000000"
     out/step_0000000/               Megatron-Core's dist_checkpointing files, weights alone
                      config.yaml    the model section of a run's configuration
                      hf_config.json, generation_config.json, tokenizer/    the source's, kept for export
@@ -69,7 +68,6 @@ def import_checkpoint(
             step.mkdir()
             _write_weights(step, source, model_entries, extra_states(family, model), progress)
             _write_description(step, hf, model)
-            (folder / "latest").write_text(STEP + "\n")
     finally:
         source.close()
     return model

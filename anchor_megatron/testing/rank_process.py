@@ -43,6 +43,8 @@ def serve(rank: int, pipe: connection.Connection, store_port: int, stacks: str) 
         torch.set_num_threads(1)
         store = dist.TCPStore("127.0.0.1", store_port, is_master=False)
         while True:
+            faulthandler.unregister(signal.SIGUSR1)  # a training loop may have taken the signal
+            faulthandler.register(signal.SIGUSR1, file)
             try:
                 name, world_size, job = pickle.loads(pipe.recv_bytes())
             except EOFError:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import torch
 from megatron.core import parallel_state
 from torch.utils.data import DataLoader, Dataset
 
@@ -22,6 +23,7 @@ from anchor_megatron.data.tokenizer import load_tokenizer
 from anchor_megatron.layout.cost import CostModel, LayerShape, Machine, read_machine
 from anchor_megatron.training.batch import PlannedBatch, plan_batch
 from anchor_megatron.training.setup import micro_batches_per_step
+from anchor_megatron.training.signals import outlive_signals
 
 __all__ = ["BatchDataset", "batches", "cost_model", "open_windows"]
 
@@ -154,5 +156,7 @@ def batches(
             num_workers=workers,
             prefetch_factor=4 if workers else None,
             pin_memory=pin_memory,
+            worker_init_fn=outlive_signals,
+            generator=torch.Generator(),  # else a resumed run's loader would draw from the model's generator
         )
     )

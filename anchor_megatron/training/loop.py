@@ -1,9 +1,9 @@
-"""The run: set up, resume where there is something to resume from, step, report, save."""
+"""The run: set up, resume where there is something to resume from, step, report, save, stop in good order."""
 
 from __future__ import annotations
 
 import dataclasses
-from pathlib import Path
+import sys
 
 import torch.distributed as dist
 
@@ -12,17 +12,22 @@ from anchor_megatron.data.corpus import parse_sets
 from anchor_megatron.data.documents import Documents
 from anchor_megatron.model.builder import rank_device
 from anchor_megatron.training.checkpoint import (
-    latest_checkpoint,
+    Checkpointer,
+    SaveFailed,
     load_checkpoint,
     load_pretrained,
-    save_checkpoint,
+    newest_good,
 )
+from anchor_megatron.training.errors import explain
 from anchor_megatron.training.evaluation import Evaluation
+from anchor_megatron.training.health import Health, write_outcome
 from anchor_megatron.training.loader import batches, open_windows
 from anchor_megatron.training.monitor import Monitor
 from anchor_megatron.training.report import Reporter
 from anchor_megatron.training.setup import initialize_ranks
-from anchor_megatron.training.step import Trainee, build_trainee, train_step
+from anchor_megatron.training.signals import Agreement, StopRequests
+from anchor_megatron.training.step import build_trainee, train_step
+from anchor_megatron.training.watchdog import Watchdog
 
 __all__ = ["Run", "complete"]
 
@@ -30,8 +35,9 @@ __all__ = ["Run", "complete"]
 class Run:
     """A run that is ready to step: everything a user can get wrong has been looked at.
 
-    Resumes from the newest checkpoint in `checkpoint.directory` where there is one. Raises ValueError for a
-    configuration, data set or checkpoint that does not fit.
+    Resumes from the newest good checkpoint in `checkpoint.directory` where there is one. Raises ValueError
+    for a configuration, data set or checkpoint that does not fit, and where another run writes to that
+    folder.
     """
 
     def __init__(self, config: Config) -> None:
@@ -39,26 +45,128 @@ class Run:
         windows = open_windows(config)
         self.evaluation = Evaluation(config)
         initialize_ranks(config)
-        self.trainee = build_trainee(config)
-        self.first_step = _start(config, self.trainee)
-        self.batches = batches(
-            config, windows, first_step=self.first_step, pin_memory=rank_device().type == "cuda"
-        )
-        self.reporter = Reporter(config)
-        self.monitor = Monitor(config, self.trainee.gpt)
+        self.checkpointer = Checkpointer(config) if config.checkpoint.directory is not None else None
+        try:
+            self.health = Health(config, windows)
+            self.trainee = build_trainee(config)
+            self.first_step = self.saved = self._resume()
+            self.batches = batches(
+                config, windows, first_step=self.first_step, pin_memory=rank_device().type == "cuda"
+            )
+            self.reporter = Reporter(config)
+            self.monitor = Monitor(config, self.trainee.gpt)
+            self.agreement = Agreement()
+        except BaseException:
+            self.close()
+            raise
 
-    def train(self) -> None:
-        """Steps to `train.steps`, reporting and saving on the way. All ranks call it together."""
+    def train(self) -> str:
+        """Steps to `train.steps`, reporting and saving on the way, or to the step after which it is asked
+        to stop.
+
+        All ranks call it together. Returns "finished" or "stopped"; an error is printed with rank, step and
+        the action to take before it is raised.
+        """
+        self.watchdog = Watchdog(0.9 * 60 * self.config.train.distributed_timeout_minutes)
+        try:
+            with StopRequests(self.config.train.max_minutes) as stop:
+                step, reason = self._steps(stop)
+        except Exception as error:
+            at = dict(rank=dist.get_rank(), step=self.watchdog.step, phase=self.watchdog.phase)
+            print(explain(error, **at, saved=self.saved or None), file=sys.stderr, flush=True)  # type: ignore[arg-type]
+            raise
+        finally:
+            self.watchdog.close()
+            self.close()
+        return self._tell(step, reason)
+
+    def close(self) -> None:
+        """Gives the checkpoints' folder back. Idempotent."""
+        if self.checkpointer is not None:
+            self.checkpointer.close()
+
+    def _steps(self, stop: StopRequests) -> tuple[int, int]:
+        """The last step taken, and why it was the last (0: it was to be)."""
+        source, step, reason = self.watchdog.batches(self.batches), self.first_step, 0
         for step in range(self.first_step + 1, _last_step(self.config) + 1):
+            self.watchdog.at("starting", step=step)
+            self.agreement.start(stop.reason, self.checkpointer is not None and self.checkpointer.writing)
             learning_rate = self.trainee.optimizer.param_groups[0]["lr"]
             with self.monitor.watch(step) as watched:
-                result = train_step(self.config, self.trainee, self.batches)
+                result = train_step(self.config, self.trainee, source)
             with self.reporter.paused():
                 held_out = self.evaluation.losses(self.trainee, step=step)
-            self.reporter.step(step, result, learning_rate=learning_rate, held_out=held_out, watched=watched)
-            if _saves(self.config, step):
-                _say(f"saved {save_checkpoint(self.config, self.trainee, step=step)}")
+            figures = self.reporter.step(
+                step, result, learning_rate=learning_rate, held_out=held_out, watched=watched
+            )
+            if figures is not None:
+                self.health.rates.append(figures["tokens_per_second"])
+            self.health.judge(step, updated=result.updated, speak=dist.get_rank() == 0)
+            reason, writing = self.agreement.result()
+            if not writing:
+                self._finish_save()
+            if self._saves(step, stopping=bool(reason)):
+                self._save(step)
+            if reason:
+                break
+        self._finish_save(last=True)
         self.reporter.close()
+        return step, reason
+
+    def _save(self, step: int) -> None:
+        assert self.checkpointer is not None, "only a run with a folder saves"
+        self._finish_save()
+        self.watchdog.at("saving")
+        try:
+            self.checkpointer.save(self.trainee, step=step, state=self.health.state())
+        except SaveFailed as failed:
+            self._survive(failed, last=step == _last_step(self.config))
+
+    def _finish_save(self, *, last: bool = False) -> None:
+        if self.checkpointer is None or not self.checkpointer.unfinished:
+            return
+        self.watchdog.at("finishing a checkpoint")
+        try:
+            self.checkpointer.finish()
+            self.saved = self.checkpointer.saved
+        except SaveFailed as failed:
+            self._survive(failed, last=last)
+
+    def _survive(self, failed: SaveFailed, *, last: bool) -> None:
+        """A checkpoint that cannot be written costs nothing yet: the run goes on and tries at the next."""
+        if last:
+            raise failed
+        self.health.counts.failed_saves += 1
+        _say(f"could not save: {failed}\n    going on; make room before the next save (older ones are whole)")
+
+    def _saves(self, step: int, *, stopping: bool) -> bool:
+        if self.checkpointer is None:
+            return False
+        interval = self.config.checkpoint.save_interval
+        return stopping or step == _last_step(self.config) or bool(interval and step % interval == 0)
+
+    def _resume(self) -> int:
+        """Steps already taken."""
+        folder = newest_good(self.checkpointer.directory) if self.checkpointer is not None else None
+        if folder is not None:
+            step, state = load_checkpoint(self.config, self.trainee, folder)
+            self.health.resume(state)
+            _say(f"resumed from {folder} after step {step}")
+            return step
+        if self.config.checkpoint.pretrained is not None:
+            load_pretrained(self.trainee, self.config.checkpoint.pretrained)
+            _say(f"took the weights of {self.config.checkpoint.pretrained}")
+        return 0
+
+    def _tell(self, step: int, reason: int) -> str:
+        """Says how the run ended and how it fared, on the console and in outcome.json."""
+        outcome = "finished" if step >= self.config.train.steps else "stopped"
+        why = StopRequests.describe(reason) if reason else "the last step"
+        summary = self.health.summary(self.checkpointer.stalls if self.checkpointer is not None else [])
+        if dist.get_rank() == 0:
+            write_outcome(self.config, {"outcome": outcome, "step": step, "reason": why, **summary})
+        _say(f"{outcome} after step {step} ({why}): " + ", ".join(f"{k} {v}" for k, v in summary.items()))
+        return outcome
 
 
 def complete(config: Config) -> Config:
@@ -67,27 +175,6 @@ def complete(config: Config) -> Config:
         return config
     vocab_size = Documents(parse_sets(config.data.train)[0][0]).summary.vocab_size
     return dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=vocab_size))
-
-
-def _start(config: Config, trainee: Trainee) -> int:
-    """Steps already taken."""
-    directory = config.checkpoint.directory
-    newest = latest_checkpoint(Path(directory)) if directory is not None else None
-    if newest is not None:
-        step = load_checkpoint(trainee, newest)
-        _say(f"resumed from {newest} after step {step}")
-        return step
-    if config.checkpoint.pretrained is not None:
-        load_pretrained(trainee, config.checkpoint.pretrained)
-        _say(f"took the weights of {config.checkpoint.pretrained}")
-    return 0
-
-
-def _saves(config: Config, step: int) -> bool:
-    if config.checkpoint.directory is None:
-        return False
-    interval = config.checkpoint.save_interval
-    return step == _last_step(config) or bool(interval and step % interval == 0)
 
 
 def _last_step(config: Config) -> int:

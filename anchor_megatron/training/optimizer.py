@@ -29,6 +29,8 @@ def build_optimizer(config: Config, model: DistributedDataParallel) -> MegatronO
             bf16=config.train.precision == "bf16",
             params_dtype=torch.bfloat16 if config.train.precision == "bf16" else torch.float32,
             use_distributed_optimizer=True,
+            # with a scale, even 1, it looks for NaN and Inf and then skips the update, on all ranks
+            loss_scale=1.0,
         ),
         [model],
     )

@@ -50,11 +50,15 @@ def _join(config: Config) -> None:
     if on_gpu:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     timeout = datetime.timedelta(minutes=config.train.distributed_timeout_minutes)
+    store: dist.Store = dist.HashStore()
+    rank, world_size = 0, 1
     if "RANK" in os.environ:
-        device = rank_device() if on_gpu else None
-        dist.init_process_group("nccl" if on_gpu else "gloo", timeout=timeout, device_id=device)
-    else:
-        store = dist.HashStore()
-        dist.init_process_group(
-            "nccl" if on_gpu else "gloo", store=store, rank=0, world_size=1, timeout=timeout
-        )
+        store, rank, world_size = next(dist.rendezvous("env://", timeout=timeout))
+        if os.environ.get("LOCAL_WORLD_SIZE") == str(world_size):
+            # torchrun keeps the store of a job that it restarts, with the addresses of ranks that are gone
+            # (of several machines each counts restarts by itself: the README says what to set there)
+            store = dist.PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+    dist.init_process_group(
+        "nccl" if on_gpu else "gloo", store=store, rank=rank, world_size=world_size, timeout=timeout,
+        device_id=rank_device() if on_gpu and "RANK" in os.environ else None,
+    )  # fmt: skip

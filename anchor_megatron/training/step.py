@@ -8,6 +8,7 @@ and breaks nothing.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -103,10 +104,11 @@ def train_step(config: Config, trainee: Trainee, batches: Iterator[PlannedBatch]
     trainee.optimizer.zero_grad()
     timed = _TimedBatches(batches)
     loss, stats = forward_backward(config, trainee.model, timed)
-    updated, grad_norm, _ = trainee.optimizer.step()
+    updated, grad_norm, _ = trainee.optimizer.step()  # nothing is updated where a gradient is not finite
     if updated:
         trainee.scheduler.step(increment=1)
-    return StepResult(loss, stats, float(grad_norm), bool(updated), timed.waited)
+    norm = math.nan if grad_norm is None else float(grad_norm)
+    return StepResult(loss, stats, norm, bool(updated), timed.waited)
 
 
 class _TimedBatches(Iterator[PlannedBatch]):
@@ -172,6 +174,8 @@ def _report_loss(loss_mask: Tensor, total: Tensor) -> tuple[Tensor, Tensor, Tens
     report.
     """
     count = loss_mask.sum()
+    # an infinite loss can have finite gradients: make them NaN, so that the optimizer refuses the step
+    total = total * torch.where(total.detach().isfinite(), 1.0, math.nan)
     return total, count.to(torch.int), torch.stack((total.detach(), count))
 
 

@@ -1,0 +1,147 @@
+"""Bytes from outside, drawn by hypothesis: a parser takes them or refuses them with a message, and no more.
+
+The address space is limited meanwhile, so that a header that claims any size cannot have it allocated.
+"""
+
+from __future__ import annotations
+
+import json
+import resource
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import hypothesis
+import numpy as np
+import pytest
+import torch
+from faults import scenes
+from hypothesis import strategies as st
+from safetensors.torch import save_file
+
+from anchor_megatron.config import load_config
+from anchor_megatron.convert.sources import open_source
+from anchor_megatron.data.documents import Documents, tokenizer_folder
+from anchor_megatron.data.preprocess import Job, preprocess
+from anchor_megatron.training.manifest import MANIFEST, read_manifest, write_manifest
+from anchor_megatron.training.safe_load import check_pickles
+
+pytestmark = pytest.mark.faults
+
+ROOM = 1 << 30  # bytes that a parser may take beyond what the process has
+FILES = {  # parser: the file it is given, of the good ones below
+    "index": "set.idx",
+    "summary": "set.json",
+    "jsonl": "text.jsonl",
+    "safetensors": "model.safetensors",
+    "safetensors index": "sharded/model.safetensors.index.json",
+    "manifest": f"checkpoint/{MANIFEST}",
+    "metadata": "checkpoint/.metadata",
+    "configuration": "run.yaml",
+}
+
+
+@pytest.fixture(scope="module")
+def good(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_good(tmp_path_factory.mktemp("good"))
+
+
+def make_good(folder: Path) -> Path:
+    """Puts a file that it takes before every parser."""
+    scenes.make_data(folder)
+    (folder / "text.jsonl").write_text('{"text": "one"}\n{"text": "two"}\n')
+    save_file({"a": torch.ones(2, 3), "b": torch.zeros(4)}, folder / "model.safetensors")
+    (folder / "sharded").mkdir()
+    shutil.copy(folder / "model.safetensors", folder / "sharded" / "one.safetensors")
+    shards = {"weight_map": {"a": "one.safetensors", "b": "one.safetensors"}}
+    (folder / "sharded" / "model.safetensors.index.json").write_text(json.dumps(shards))
+    (folder / "checkpoint").mkdir()
+    torch.distributed.checkpoint.save({"a": torch.ones(3)}, checkpoint_id=folder / "checkpoint", no_dist=True)
+    for name in ("metadata.json", "common.pt", "config.yaml"):
+        (folder / "checkpoint" / name).write_text("{}")
+    write_manifest(folder / "checkpoint", step=1, known={})
+    (folder / "run.yaml").write_text("data: {train: set, seq_length: 64}\ntrain: {steps: 3, seed: 5}\n")
+    for name in FILES:
+        parse(name, folder)  # as it is, each is taken
+    return folder
+
+
+def parse(name: str, folder: Path) -> None:
+    """Has one parser read its file in `folder`."""
+    path = folder / FILES[name]
+    if name in ("index", "summary"):
+        documents = Documents(folder / "set")
+        documents.tokens(0, 0, documents.lengths[0])
+        tokenizer_folder(folder / "set")
+    elif name == "jsonl":
+        output = folder / "out" / "set"
+        preprocess(Job((path,), output, tokenizer=folder / "set_tokenizer"))
+    elif name == "safetensors":
+        open_source(folder).close()
+    elif name == "safetensors index":
+        open_source(path.parent).close()
+    elif name == "manifest":
+        read_manifest(path.parent)
+    elif name == "metadata":
+        check_pickles(path.parent)
+    else:
+        load_config(path)
+
+
+@contextmanager
+def little_memory() -> Iterator[None]:
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (used + ROOM, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, before)
+
+
+def fuzz(name: str, good: Path, *, cases: int) -> int:
+    """Gives one parser `cases` files; returns how many it refused. Anything but a ValueError goes up."""
+    path = good / FILES[name]
+    content, refused = path.read_bytes(), [0]
+
+    @hypothesis.settings(max_examples=cases, deadline=None, database=None)
+    @hypothesis.given(edited(content))
+    def one(given: bytes) -> None:
+        path.write_bytes(given)
+        try:
+            with little_memory():
+                parse(name, good)
+        except ValueError as error:
+            assert str(error), "a refusal says why"
+            refused[0] += 1
+        finally:
+            shutil.rmtree(good / "out", ignore_errors=True)
+
+    try:
+        one()
+    finally:
+        path.write_bytes(content)
+    return refused[0]
+
+
+def edited(content: bytes) -> st.SearchStrategy[bytes]:
+    """Any bytes; and `content` with a few places overwritten or its end cut off, which gets further."""
+    words = st.sampled_from([b"-1", b"null", b"1e999", b"../"])
+    numbers = st.integers(-(1 << 63), (1 << 63) - 1).map(lambda n: np.int64(n).tobytes())
+    pieces = st.one_of(st.binary(min_size=1, max_size=9), numbers, words)
+    places = st.one_of(st.integers(0, min(40, len(content))), st.integers(0, len(content)))
+
+    def overwrite(edits: list[tuple[int, bytes]], cut: int) -> bytes:
+        found = bytearray(content)
+        for place, piece in edits:
+            found[place : place + len(piece)] = piece
+        return bytes(found[: len(found) - cut])
+
+    edits = st.lists(st.tuples(places, pieces), max_size=4)
+    return st.one_of(st.binary(max_size=100), st.builds(overwrite, edits, st.sampled_from([0, 0, 0, 1, 8])))
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_parser_takes_or_refuses(name: str, good: Path) -> None:
+    assert fuzz(name, good, cases=20 if name == "jsonl" else 120) > 0
