@@ -34,7 +34,8 @@ FIGURES = {
     "step", "loss", "grad_norm", "learning_rate", "seconds_per_step", "tokens_per_second", "tflops_per_rank",
     "mfu", "loss_tokens", "tokens", "documents", "padding_tokens", "balance", "received_tokens_per_rank",
     "skipped_steps", "cut_documents", "joined_documents", "dropped_documents", "tag_tokens", "batch_balance",
-    "data_wait_ms",
+    "data_wait_ms", "forward_seconds_median", "forward_seconds_slowest", "slowest_rank",
+    "data_wait_seconds_longest",
 }  # fmt: skip
 
 

@@ -60,12 +60,19 @@ class Summary:
         got = set(values) if isinstance(values, dict) else set()
         if expected != got:
             raise ValueError(f"{path}: got fields {sorted(got)}, expected {sorted(expected)}")
+        kinds = {"int": int, "str": str, "list[str]": list}
+        for entry in dataclasses.fields(cls):
+            if not isinstance(values[entry.name], kinds[str(entry.type)]):
+                raise ValueError(f"{path}: {entry.name}: got {values[entry.name]!r}, expected {entry.type}")
         return cls(**values)
 
 
 def tokenizer_folder(prefix: str | Path) -> Path:
     """Where the tokenizer of the data set at `prefix` lies."""
-    return Path(prefix).parent / Summary.read(Path(f"{prefix}.json")).tokenizer
+    name = Summary.read(Path(f"{prefix}.json")).tokenizer
+    if Path(name).is_absolute() or ".." in Path(name).parts:
+        raise ValueError(f"{prefix}.json: tokenizer: got {name}, expected a folder beside the file")
+    return Path(prefix).parent / name
 
 
 class Documents:

@@ -110,7 +110,7 @@ class ThreadedStrategy(TorchDistSaveShardedStrategy):
         count.put(number)
         transforms = [writer.transforms] if hasattr(writer, "transforms") else []
         try:
-            FileSystemWriterAsync.write_preloaded_data(transforms, number, bucket, results, count, True)  # type: ignore[arg-type]
+            FileSystemWriterAsync.write_preloaded_data(transforms, number, bucket, results, count, True)
             found = results.get_nowait()[1]
             if not isinstance(found, Exception):
                 self.entries[bucket[1]] = entry_of(Path(bucket[0]))

@@ -27,6 +27,7 @@ from anchor_megatron.training.report import Reporter
 from anchor_megatron.training.setup import initialize_ranks
 from anchor_megatron.training.signals import Agreement, StopRequests
 from anchor_megatron.training.step import build_trainee, train_step
+from anchor_megatron.training.straggler import ForwardTimer, spread
 from anchor_megatron.training.watchdog import Watchdog
 
 __all__ = ["Run", "complete"]
@@ -53,7 +54,8 @@ class Run:
             self.batches = batches(
                 config, windows, first_step=self.first_step, pin_memory=rank_device().type == "cuda"
             )
-            self.reporter = Reporter(config)
+            self.forward = ForwardTimer(self.trainee.model)
+            self.reporter = Reporter(config, self._spread)
             self.monitor = Monitor(config, self.trainee.gpt)
             self.agreement = Agreement()
         except BaseException:
@@ -112,6 +114,10 @@ class Run:
         self._finish_save(last=True)
         self.reporter.close()
         return step, reason
+
+    def _spread(self) -> dict[str, float]:
+        waited, self.watchdog.waited = self.watchdog.waited, 0.0
+        return spread(forward=self.forward.take(), waited=waited)
 
     def _save(self, step: int) -> None:
         assert self.checkpointer is not None, "only a run with a folder saves"

@@ -10,7 +10,7 @@ import dataclasses
 import json
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -31,10 +31,13 @@ _log = logging.getLogger(__name__)
 
 
 class Reporter:
-    """Collects steps and reports every `log.interval` of them. All ranks call `step` together."""
+    """Collects steps and reports every `log.interval` of them. All ranks call `step` together.
 
-    def __init__(self, config: Config) -> None:
-        self.config = config
+    further: gives more figures of the steps since the last report, on all ranks together.
+    """
+
+    def __init__(self, config: Config, further: Callable[[], dict[str, Any]] = dict) -> None:
+        self.config, self.further = config, further
         self.peak = peak_tflops(config.log.peak_tflops)
         self.pending: list[StepResult] = []
         self.watched: dict[str, float] = {}
@@ -69,7 +72,7 @@ class Reporter:
         sums = global_sums(self.pending)
         now = time.perf_counter()
         figures = self._figures(step, sums, seconds=now - self.started) | {"learning_rate": learning_rate}
-        figures |= held_out | self.watched
+        figures |= held_out | self.watched | self.further()
         self.started, self.pending, self.watched = now, [], {}
         for sink in self.sinks:
             sink(figures)
@@ -176,9 +179,18 @@ def _console(figures: dict[str, Any]) -> None:
         f"{figures['tokens_per_second']:,.0f} tokens/s  "
         f"{figures['tflops_per_rank']:.3g} TFLOP/s a rank{mfu}  "
         f"{figures['documents']} documents  balance {figures['balance']:.2f}  "
-        f"data wait {figures['data_wait_ms']:.1f} ms{held_out}",
+        f"data wait {figures['data_wait_ms']:.1f} ms{held_out}{_straggler(figures)}",
         flush=True,
     )
+
+
+def _straggler(figures: dict[str, Any]) -> str:
+    """The slowest rank, where it is much slower than most."""
+    median = figures.get("forward_seconds_median", 0.0)
+    slowest = figures.get("forward_seconds_slowest", 0.0)
+    if slowest <= 1.25 * median:
+        return ""
+    return f"  rank {figures['slowest_rank']} x{slowest / max(median, 1e-9):.2f}"
 
 
 class _JsonLines:

@@ -44,7 +44,10 @@ class Watchdog:
         self._progress, self._ticks, self._since = 0, 0, time.monotonic()
         self._end = end or _end_process
         self._interval = min(10.0, limit_seconds / 10)
-        self._store = dist.PrefixStore("watchdog", dist.distributed_c10d._get_default_store().clone())
+        store: Any = dist.distributed_c10d._get_default_store()
+        self._store = dist.PrefixStore(
+            "watchdog", store.clone()
+        )  # a wait of the main thread would lock its own
         self._publish()
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)

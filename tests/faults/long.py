@@ -86,7 +86,7 @@ def kills(number: int, data: Path, folder: Path, dice: random.Random) -> bool:
         except AssertionError as error:
             diverged += 1
             print(f"run{runs}: {error}")
-        shutil.rmtree(folder / f"run{runs}")
+        shutil.rmtree(folder / f"run{runs}", ignore_errors=True)  # a thread of the run deletes in it too
     killed, damaged = preprocessing(max(2, number // 10), data, folder, dice)
     what = f"{done} of ranks in {runs} runs and {killed} of preprocessing"
     print(f"kills: {what}, {lost} lost, {diverged} diverged, {damaged} data sets damaged")
@@ -180,7 +180,7 @@ def damaged(
     lines = yaml.read_text().splitlines()
     line = dice.choice([n for n, text in enumerate(lines) if text.startswith("  ") and ": " in text])
     field, _, value = lines[line].partition(": ")
-    lines[line] = dice.choice([f"{field}x: {value}", f"{field}: [1, {{", f"{field}: {{a: 1}}"])
+    lines[line] = dice.choice([f"{field}x: {value}", f"{field}: [1, {{", f"{field}: [1]"])
     (case / "run.yaml").write_text("\n".join(lines))
     return _refusal(lambda: load_config(case / "run.yaml"))
 
