@@ -126,7 +126,7 @@ def train(config: Config, base: list[torch.Tensor] | None) -> tuple[Trainee, dic
     for _ in range(config.train.steps):
         result = train_step(config, trainee, source)
         losses.append(result.loss)
-        tokens += sum(one.tokens for one in result.stats)
+        tokens += sum(one.counts.tokens for one in result.stats)
     seconds = _now() - started
     each = torch.stack(losses)
     log = {
@@ -152,7 +152,7 @@ def speed(config: Config, *, warm_up: int = 4, steps: int = 6) -> dict[str, Any]
         train_step(config, trainee, ready)
     started, tokens = _now(), 0
     for _ in range(steps):
-        tokens += sum(one.tokens for one in train_step(config, trainee, ready).stats)
+        tokens += sum(one.counts.tokens for one in train_step(config, trainee, ready).stats)
     seconds = _now() - started
     found: dict[str, Any] = {"seconds_per_step": seconds / steps, "tokens_per_second": tokens / seconds}
     if torch.cuda.is_available():
@@ -186,7 +186,7 @@ class Judge:
         self.longest = long.data.seq_length
         self.long = [one for one in documents if one.size >= self.longest][: given.long_documents]
         self.short = [one for one in documents if one.size >= given.window][: 4 * given.long_documents]
-        self.anchor = open_windows(long).anchor_token
+        self.anchor = open_windows(long).leads.anchor_token
         self.given = given
 
     def __call__(self, trainee: Trainee, lengths: list[int] | None = None) -> dict[str, Any]:
