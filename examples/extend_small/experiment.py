@@ -186,7 +186,7 @@ class Judge:
         self.longest = long.data.seq_length
         self.long = [one for one in documents if one.size >= self.longest][: given.long_documents]
         self.short = [one for one in documents if one.size >= given.window][: 4 * given.long_documents]
-        self.anchor = open_windows(long).leads.anchor_token
+        self.anchor = open_windows(long).leads.anchor
         self.given = given
 
     def __call__(self, trainee: Trainee, lengths: list[int] | None = None) -> dict[str, Any]:
