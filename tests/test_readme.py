@@ -52,6 +52,7 @@ KINDS = [
     ["python", "tools/preprocess_data.py"],
     ["python", "tools/convert_checkpoint.py"],
     ["python", "tools/show_plan.py"],
+    ["python", "tools/profile_cp.py"],
     ["python", "pretrain_anchor.py", "--help"],
     ["torchrun"],
     ["python", "-m", "pip", "install"],
@@ -143,6 +144,12 @@ def test_the_plan_is_shown() -> None:
     for words in commands("python", "tools/show_plan.py"):
         printed = run([sys.executable, *words[1:]], ROOT)
         assert printed.startswith("64 tokens, 5 documents, 4 ranks of 16 tokens")
+
+
+def test_more_ranks_are_simulated(tmp_path: Path) -> None:
+    for words in commands("python", "tools/profile_cp.py"):
+        few = ["--cp", "2", "--windows", "1", "--output", str(tmp_path / "few")]
+        assert "| ours: document, sparse" in run([sys.executable, *words[1:], *few], ROOT)
 
 
 def test_help_explains_every_field() -> None:
