@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import re
 import subprocess
@@ -140,6 +141,33 @@ def test_padding_everywhere_costs_more_the_more_ranks_there_are() -> None:
     assert received.tolist() == [3 * 4.0] * 4  # 8 tokens each once padded, 4 a rank, from three ranks
 
 
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--simulate", "--repeats", "3"], "--repeats: is an option of --measure alone"),
+        (["--simulate", "--heads", "8/2", "8/8"], "--heads: got 2 shapes, expected one"),
+        (["--simulate", "--heads", "8/3"], "--heads: got '8/3', expected query/key-value heads"),
+        (["--simulate", "--lengths", "nothing.csv"], "nothing.csv: expected a file of document lengths"),
+        (
+            ["--simulate", "--cp", "12", "--ranks-per-node", "8"],
+            "got 12, expected a multiple of ranks_per_node = 8",
+        ),
+        (["--measure", "--windows", "3"], "--windows: is an option of --simulate alone"),
+        (["--measure"], "--measure: run it under torchrun"),
+    ],
+)
+def test_options_that_do_not_fit_are_refused(
+    words: list[str], message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    specification = importlib.util.spec_from_file_location("profile_cp", ROOT / "tools" / "profile_cp.py")
+    assert specification is not None and specification.loader is not None
+    tool = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(tool)
+    monkeypatch.setattr(sys, "argv", ["profile_cp.py", *words])
+    assert tool.main() == 2
+    assert message in capsys.readouterr().err
+
+
 def test_lengths_from_a_plain_file(tmp_path: Path) -> None:
     path = tmp_path / "lengths.txt"
     path.write_text("100\n\n700\n")
@@ -171,7 +199,7 @@ def test_calibration_finds_the_rates_of_a_machine() -> None:
         forward_tflops=100, backward_tflops=80, forward_row_pairs=300, backward_row_pairs=200,
         inside_gb_per_s=50, latency_us=20, memory_gb_per_s=400, contention=0.4,
     )  # fmt: skip
-    found = calibrate(samples_of(machine, (1, 2, 4, 8)), Machine())
+    found = calibrate(samples_of(machine, (1, 2, 4, 8)), CostModel())
     for name in ("forward_tflops", "backward_tflops", "forward_row_pairs", "backward_row_pairs",
                  "inside_gb_per_s", "latency_us", "memory_gb_per_s", "contention"):  # fmt: skip
         assert getattr(found, name) == pytest.approx(getattr(machine, name), rel=1e-3), name
@@ -179,7 +207,7 @@ def test_calibration_finds_the_rates_of_a_machine() -> None:
 
 
 def test_calibration_on_one_rank_leaves_the_exchange_as_it_was() -> None:
-    found = calibrate(samples_of(Machine(forward_tflops=7), (1, 1)), Machine())
+    found = calibrate(samples_of(Machine(forward_tflops=7), (1, 1)), CostModel())
     assert found.forward_tflops == pytest.approx(7)
     assert (found.inside_gb_per_s, found.contention) == (Machine().inside_gb_per_s, Machine().contention)
 
@@ -212,10 +240,10 @@ def measured_rows(rank: int, world_size: int, table: Path) -> tuple[list[dict], 
     settings = Sweep(
         lengths=table, workloads=["file"], shapes=[SHAPE], sizes=[1, 2], placements=list(PLACEMENTS),
         exchanges=["sparse"], tokens_per_rank=256, total_tokens=None, parts=4, repeats=2,
-        device=torch.device("cpu"),
+        device=torch.device("cpu"), before=Machine(), ranks_per_node=None,
     )  # fmt: skip
     rows, samples = sweep(settings, lambda rows: None)
-    return rows, add_predictions(rows, samples, Machine())
+    return rows, add_predictions(rows, samples, settings)
 
 
 def test_measuring_takes_layers_apart(tmp_path: Path) -> None:

@@ -35,6 +35,7 @@ def main() -> int:
     """Returns the process's exit status."""
     given = parser().parse_args()
     try:
+        check_options(given)
         run_measurement(given) if given.measure else run_simulation(given)
     except ValueError as error:
         print(f"profile_cp.py: {error}", file=sys.stderr)
@@ -81,14 +82,27 @@ def parser() -> argparse.ArgumentParser:
     return found
 
 
-def shapes(given: argparse.Namespace) -> list[LayerShape]:
+def check_options(given: argparse.Namespace) -> None:
+    """ValueError for an option that would be ignored."""
+    unused = (
+        ("windows",) if given.measure else ("workloads", "placements", "exchanges", "repeats", "total_tokens")
+    )
+    for name in unused:
+        if getattr(given, name) != parser().get_default(name):
+            other = "--simulate" if given.measure else "--measure"
+            raise ValueError(f"--{name.replace('_', '-')}: is an option of {other} alone")
+    if given.simulate and len(given.heads) > 1:
+        raise ValueError(f"--heads: got {len(given.heads)} shapes, expected one for --simulate")
+
+
+def shapes(given: argparse.Namespace, bytes_per_value: int = 2) -> list[LayerShape]:
     """The layers asked for by --heads and --head-dim."""
     found = []
     for text in given.heads:
         heads, _, groups = text.partition("/")
         if not (heads.isdigit() and groups.isdigit() and int(groups) and int(heads) % int(groups) == 0):
             raise ValueError(f"--heads: got {text!r}, expected query/key-value heads such as 32/8")
-        found.append(LayerShape(int(heads), int(groups), given.head_dim))
+        found.append(LayerShape(int(heads), int(groups), given.head_dim, bytes_per_value))
     return found
 
 
@@ -119,10 +133,12 @@ def run_measurement(given: argparse.Namespace) -> None:
         raise ValueError(f"--cp: got {wrong[0]}, expected a divisor of the number of ranks = {world}")
     before = read_machine(given.calibration) if given.calibration else Machine()
     settings = Sweep(
-        given.lengths, given.workloads, shapes(given), sizes, given.placements, given.exchanges,
-        given.tokens_per_rank, given.total_tokens, given.parts, given.repeats, device,
+        given.lengths, given.workloads, shapes(given, 2 if device.type == "cuda" else 4), sizes,
+        given.placements, given.exchanges, given.tokens_per_rank, given.total_tokens, given.parts,
+        given.repeats, device, before, given.ranks_per_node,
     )  # fmt: skip
     results = environment() | {"kind": "measure", **described(given, CostModel(before, settings.shapes[0]))}
+    results["tokens_per_rank"] = None if given.total_tokens else given.tokens_per_rank
     first = dist.get_rank() == 0
 
     def said(rows: list[dict[str, Any]]) -> None:
@@ -131,7 +147,7 @@ def run_measurement(given: argparse.Namespace) -> None:
             write_results(given.output.with_suffix(".json"), results | {"rows": rows})
 
     rows, samples = sweep(settings, said)
-    machine = add_predictions(rows, samples, before)
+    machine = add_predictions(rows, samples, settings)
     if first:
         print("", measured_table(rows), "", "fitted: " + json.dumps(asdict(machine)), sep="\n")
         finish(given, results | {"machine": asdict(machine), "rows": rows})

@@ -23,13 +23,14 @@ from anchor_megatron.profiling.predict import predict, row_seconds
 __all__ = ["calibrate", "least_squares"]
 
 
-def calibrate(samples: list[Sample], before: Machine) -> Machine:
-    """`before` with the rates that fit the samples of exchange `sparse` best; rates that they do not show (no
-    exchange on one rank) stay.
+def calibrate(samples: list[Sample], before: CostModel) -> Machine:
+    """`before.machine` with the rates that fit the samples of exchange `sparse` best; rates that they do not
+    show (no exchange on one rank) stay. Exchanges are looked at inside a node.
     """
     samples = [sample for sample in samples if sample.case.exchange == "sparse"]
-    machine = _fit_attention(samples, before)
-    shared = [sample for sample in samples if sample.case.ranks > 1]
+    machine = _fit_attention(samples, before.machine)
+    most = before.ranks_per_node or max(sample.case.ranks for sample in samples)
+    shared = [sample for sample in samples if 1 < sample.case.ranks <= most]
     if not any(placement_traffic(sample.case.placement).received.any() for sample in shared):
         return machine
     machine = _fit_exchange(shared, machine)

@@ -18,7 +18,7 @@ import torch.distributed as dist
 
 from anchor_megatron.attention.choose import choose_kernel
 from anchor_megatron.layout.cost import CostModel, LayerShape, Machine
-from anchor_megatron.layout.placement import place
+from anchor_megatron.layout.placement import Placement, place
 from anchor_megatron.profiling.calibrate import calibrate
 from anchor_megatron.profiling.measure import Case, Sample, groups_by_size, measure, measure_total
 from anchor_megatron.profiling.predict import predict
@@ -43,6 +43,8 @@ class Sweep:
     parts: int
     repeats: int
     device: torch.device
+    before: Machine  # whose rates places documents, and stays where nothing is measured
+    ranks_per_node: int | None
 
     def borders(self, workload: str, ranks: int) -> np.ndarray:
         """Document borders of a workload's window."""
@@ -94,21 +96,19 @@ def _cases(
 ) -> Iterator[Case]:
     """One rank, where the window was not yet measured there, then every placement and exchange."""
     tokens = int(cu_seqlens[-1])
+    costs = CostModel(settings.before, shape, settings.ranks_per_node)
+
+    def placed(kind: str, ranks: int) -> Placement:
+        return place(kind, cu_seqlens, context_parallel_size=ranks, window_length=tokens, costs=costs)
+
     if tokens not in alone:
-        yield Case(
-            "document",
-            place("document", cu_seqlens, context_parallel_size=1, window_length=tokens),
-            "sparse",
-            shape,
-            None,
-        )
+        yield Case("document", placed("document", 1), "sparse", shape, None)
     if size == 1:
         return
     for kind in settings.placements:
-        placement = place(kind, cu_seqlens, context_parallel_size=size, window_length=tokens)
         for exchange in settings.exchanges:
             if exchange != "ulysses" or (kind == settings.placements[0] and shape.heads % size == 0):
-                yield Case(kind, placement, exchange, shape, groups[size])
+                yield Case(kind, placed(kind, size), exchange, shape, groups[size])
 
 
 def _measured(settings: Sweep, case: Case) -> tuple[dict[str, Any], Sample]:
@@ -141,13 +141,15 @@ def _heads(shape: LayerShape) -> str:
     return f"{shape.heads}/{shape.groups}"
 
 
-def add_predictions(rows: list[dict[str, Any]], samples: list[Sample], before: Machine) -> Machine:
+def add_predictions(rows: list[dict[str, Any]], samples: list[Sample], settings: Sweep) -> Machine:
     """Fits a machine to the samples and writes its prediction beside every row of ours."""
-    machine = calibrate(samples, before)
+    machine = calibrate(samples, CostModel(settings.before, ranks_per_node=settings.ranks_per_node))
     ours = [row for row in rows if row["name"] == "ours"]
     for row, sample in zip(ours, samples, strict=True):
         case = sample.case
-        prediction = predict(case.exchange, case.placement, CostModel(machine, case.shape))
+        prediction = predict(
+            case.exchange, case.placement, CostModel(machine, case.shape, settings.ranks_per_node)
+        )
         assert prediction is not None, f"{case.exchange} ran, so it can be predicted"
         row["predicted_ms"] = float(prediction.total.max(axis=1).sum()) * 1e3
     return machine
