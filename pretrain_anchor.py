@@ -26,6 +26,7 @@ def main() -> int:
     )
     parser.add_argument("config", help="YAML file of the run")
     parser.add_argument("overrides", nargs="*", metavar="section.field=value", help="laid over the file")
+    parser.add_argument("--check", action="store_true", help="look for leaks between documents, do not train")
     arguments = parser.parse_args()
     if os.environ.get("RANK", "0") == "0":  # as torchrun names the ranks; one of them speaks
         logging.basicConfig(format="%(message)s")
@@ -39,9 +40,13 @@ def main() -> int:
     except ValueError as error:
         print(f"pretrain_anchor.py: {error}", file=sys.stderr)
         return 2
-    run.train()
+    passed = True
+    if arguments.check:
+        passed = run.check()
+    else:
+        run.train()
     dist.destroy_process_group()
-    return 0
+    return 0 if passed else 1
 
 
 if __name__ == "__main__":

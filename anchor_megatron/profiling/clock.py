@@ -14,6 +14,8 @@ __all__ = ["Figures", "timed"]
 # milliseconds [repeats, steps] of every rank, in rank order
 Figures = np.ndarray
 
+_HEAD_START = 20_000_000  # clock cycles, some 10 ms
+
 
 def timed(
     steps: list[Callable[[], None]], *, device: torch.device, repeats: int, warm_up: int = 2
@@ -33,6 +35,7 @@ def _cuda(steps: list[Callable[[], None]]) -> list[float]:
     marks = [torch.cuda.Event(enable_timing=True) for _ in range(len(steps) + 1)]
     dist.barrier()
     torch.cuda.synchronize()
+    torch.cuda._sleep(_HEAD_START)  # in training, too, the host is ahead of the device
     marks[0].record()
     for step, mark in zip(steps, marks[1:], strict=True):
         step()

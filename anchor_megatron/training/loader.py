@@ -20,6 +20,7 @@ from anchor_megatron.data.packing import Packing, WindowDataset
 from anchor_megatron.data.recipe import Recipe, make_groups
 from anchor_megatron.data.sampler import window_indices
 from anchor_megatron.data.tokenizer import load_tokenizer
+from anchor_megatron.data.window import Window
 from anchor_megatron.layout.cost import CostModel, LayerShape, Machine, read_machine
 from anchor_megatron.training.batch import PlannedBatch, plan_batch
 from anchor_megatron.training.setup import micro_batches_per_step
@@ -123,7 +124,8 @@ class BatchDataset(Dataset):
     def __len__(self) -> int:
         return self.config.train.steps * self.micro_batches
 
-    def __getitem__(self, item: int) -> PlannedBatch:
+    def windows_of(self, item: int) -> list[Window]:
+        """The windows of a micro-batch, which all context-parallel ranks share."""
         step, micro_batch = divmod(item, self.micro_batches)
         indices = window_indices(
             step,
@@ -132,8 +134,11 @@ class BatchDataset(Dataset):
             global_batch_size=self.config.train.global_batch_size,
             **self.data_parallel,
         )
+        return [self.windows[int(n)] for n in indices]
+
+    def __getitem__(self, item: int) -> PlannedBatch:
         return plan_batch(
-            [self.windows[int(n)] for n in indices],
+            self.windows_of(item),
             mode=self.config.data.mode,
             placement=self.config.attention.placement,
             costs=self.costs,

@@ -21,8 +21,9 @@ from anchor_megatron.training.checkpoint import (
 from anchor_megatron.training.errors import explain
 from anchor_megatron.training.evaluation import Evaluation
 from anchor_megatron.training.health import Health, write_outcome
-from anchor_megatron.training.loader import batches, open_windows
+from anchor_megatron.training.loader import BatchDataset, batches, open_windows
 from anchor_megatron.training.monitor import Monitor
+from anchor_megatron.training.probe import check_run
 from anchor_megatron.training.report import Reporter
 from anchor_megatron.training.setup import initialize_ranks
 from anchor_megatron.training.signals import Agreement, StopRequests
@@ -43,7 +44,7 @@ class Run:
 
     def __init__(self, config: Config) -> None:
         self.config = config = complete(config)
-        windows = open_windows(config)
+        self.windows = windows = open_windows(config)
         self.evaluation = Evaluation(config)
         initialize_ranks(config)
         self.checkpointer = Checkpointer(config) if config.checkpoint.directory is not None else None
@@ -61,6 +62,18 @@ class Run:
         except BaseException:
             self.close()
             raise
+
+    def check(self) -> bool:
+        """Looks for leaks in the next step's first micro-batch (see `probe.py`), says what it found, returns
+        whether all is well. All ranks call it together.
+        """
+        dataset = BatchDataset(self.config, self.windows)
+        checks = check_run(
+            self.config, self.trainee, dataset.windows_of(self.first_step * dataset.micro_batches)
+        )
+        passed = all(check.passed for check in checks)
+        _say("\n".join([*map(str, checks), f"check {'passed' if passed else 'FAILED'}"]))
+        return passed
 
     def train(self) -> str:
         """Steps to `train.steps`, reporting and saving on the way, or to the step after which it is asked
