@@ -4,10 +4,10 @@
 
 Documents are of lengths drawn from document_lengths.csv, windows of 131,072 tokens. Speed: tokens a second of
 the loader of one rank (packing, labels, placement, plan, arrays) with 2 workers and context parallelism 8,
-against what an 8B model on 8 H200s consumes at half of their peak: with tensor or context parallelism 8 all of it
-goes through the loader of every rank. Packing: documents that are cut and how evenly the windows of a global
-batch are loaded (the largest one's attention area over the mean one's), by the batches that are looked ahead over.
-Prints tables and writes the figures as JSON.
+against what an 8B model on 8 H200s consumes at half of their peak: with tensor or context parallelism 8 all
+of it goes through the loader of every rank. Packing: documents that are cut, and how evenly the windows of a
+global batch are loaded (the largest one's attention area over the mean one's), by the batches that are looked
+ahead over. Prints tables and writes the figures as JSON.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ def main() -> int:
 
 
 def consumption(documents: Documents) -> float:
-    """Tokens a second of Llama-3-8B: its FLOPs for windows of these documents, at a utilisation of the peak."""
+    """Tokens a second of Llama-3-8B, by its FLOPs for windows of these documents."""
     windows = WindowDataset(documents, seq_length=SEQ_LENGTH, anchor_token=0, seed=0)
     areas = [attention_area(windows[n].cu_seqlens) for n in range(64)]
     model = model_config({"preset": "llama-3-8b"})

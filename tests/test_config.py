@@ -12,11 +12,14 @@ from anchor_megatron.config import (
     Config,
     check_config,
     data_parallel_size,
+    data_sets,
     describe,
     load_config,
     model_config,
     save_config,
 )
+from anchor_megatron.data.arrange import PACKINGS
+from anchor_megatron.data.recipe import SAMPLERS
 from anchor_megatron.layout.modes import MODES
 from anchor_megatron.layout.placement import PLACEMENTS
 from anchor_megatron.presets import MODEL_PRESETS
@@ -47,6 +50,10 @@ def tiny(tmp_path: Path) -> Path:
         ("train.recompute=some", "train.recompute: got 'some', expected one of none, selective, full"),
         ("train.steps=0", "train.steps: got 0, expected at least 1"),
         ("model.num_experts=0", "model.num_experts: got 0, expected at least 1"),
+        ("data.split=[0.9,0.2,0.0]", "data.split: got .*, expected three shares .* that sum to 1"),
+        ("train.eval_interval=5", "train.eval_interval: got 5 without validation documents"),
+        ("data.long_weight=0", "data.long_weight: got 0.0, expected a number above 0"),
+        ("data.packing=tetris", "data.packing: got 'tetris', expected one of plain, best_fit, balanced"),
         ("data.num_workers=-1", "data.num_workers: got -1, expected at least 0"),
         ("model.preset=gpt-5", "model.preset: got 'gpt-5', expected one of llama-2-13b, "),
         ("model.num_query_groups=3", "model.num_attention_heads: got 4, expected a multiple of .*groups = 3"),
@@ -154,6 +161,10 @@ def test_choices_are_those_of_the_code(tiny: Path) -> None:
         assert load_config(tiny, [f"data.mode={mode}"]).data.mode == mode
     for placement in PLACEMENTS:
         assert load_config(tiny, [f"attention.placement={placement}"]).attention.placement == placement
+    for packing in PACKINGS:
+        assert load_config(tiny, [f"data.packing={packing}"]).data.packing == packing
+    for sampler in SAMPLERS:
+        assert load_config(tiny, [f"data.sampler={sampler}"]).data.sampler == sampler
 
 
 @pytest.mark.parametrize("preset", MODEL_PRESETS)
@@ -177,6 +188,37 @@ def test_what_is_saved_is_read_back(tiny: Path, tmp_path: Path) -> None:
     config = load_config(tiny, ["model.preset=llama-3.1-8b", "optimizer.lr=3e-5", "log.jsonl=null"])
     save_config(config, tmp_path / "saved.yaml")
     assert load_config(tmp_path / "saved.yaml") == config
+
+
+def test_a_blend_is_a_list_of_prefixes_and_weights(tiny: Path, tmp_path: Path) -> None:
+    config = load_config(tiny, ["data.train=[{prefix: a, weight: 2}, {prefix: b, weight: 0.5}]"])
+    assert data_sets(config.data.train) == [("a", 2.0), ("b", 0.5)]
+    save_config(config, tmp_path / "saved.yaml")
+    assert load_config(tmp_path / "saved.yaml") == config
+    for wrong in (
+        "3",
+        "[]",
+        "[a, b]",
+        "[{prefix: a}]",
+        "[{prefix: a, weight: 0}]",
+        "[{prefix: a, weight: x}]",
+    ):
+        with pytest.raises(ValueError, match="data.train: got "):
+            load_config(tiny, [f"data.train={wrong}"])
+
+
+def test_what_other_fields_make_idle_is_warned_of(tiny: Path, caplog: pytest.LogCaptureFixture) -> None:
+    load_config(tiny, ["data.interleave=9", "data.end_label=eos", "data.eos_token=3"])
+    assert not caplog.messages
+    for words in (
+        ["data.interleave=9", "data.mode=document_reset"],
+        ["data.short_documents=join"],
+        ["data.eos_token=3"],
+    ):
+        caplog.clear()
+        load_config(tiny, words)
+        [message] = caplog.messages
+        assert message.startswith(words[0].split("=")[0])
 
 
 def test_a_model_from_a_checkpoint_s_dictionary(tiny: Path, tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ names the field, before anything is started.
 """
 
 from anchor_megatron.config.checks import check_config, data_parallel_size
+from anchor_megatron.config.data_sets import data_sets
 from anchor_megatron.config.describe import describe
 from anchor_megatron.config.fields import (
     AttentionConfig,
@@ -34,6 +35,7 @@ __all__ = [
     "TrainConfig",
     "check_config",
     "data_parallel_size",
+    "data_sets",
     "describe",
     "load_config",
     "model_config",

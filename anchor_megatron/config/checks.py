@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 from operator import attrgetter
 
+from anchor_megatron.config.data_sets import data_sets
 from anchor_megatron.config.fields import Config
 
 __all__ = ["check_config", "data_parallel_size"]
@@ -133,8 +134,8 @@ def _check_tokens(config: Config) -> None:
 
 def _check_data(config: Config) -> None:
     """Splits and samplers; warns of data fields that the rest of the configuration makes idle."""
-    data, train = config.data, config.train
-    split = data.split
+    data, train, split = config.data, config.train, config.data.split
+    data_sets(data.train)
     if len(split) != 3 or min(split) < 0 or not split[0] or abs(sum(split) - 1) > 1e-6:
         raise ValueError(f"data.split: got {split}, expected three shares (train, valid, test) that sum to 1")
     if train.eval_interval and not split[1]:

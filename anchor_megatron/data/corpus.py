@@ -17,7 +17,7 @@ from numpy.typing import ArrayLike
 
 from anchor_megatron.data.documents import Documents
 
-__all__ = ["SPLITS", "Corpus", "parse_sets"]
+__all__ = ["SPLITS", "Corpus"]
 
 SPLITS = ("train", "valid", "test")
 _SPLIT_SEED = 0x5917  # of no run: a document stays in its split whatever the seed
@@ -86,28 +86,6 @@ class Corpus:
                 chosen[own] - self._firsts[number], begins[own], ends[own]
             )
         return found
-
-
-def parse_sets(train: object) -> list[tuple[str, float]]:
-    """(prefix, weight) of every data set that `data.train` names: a prefix alone, or a list of
-    {prefix, weight}; ValueError for anything else.
-    """
-    if isinstance(train, str):
-        return [(train, 1.0)]
-    expected = "expected a prefix or a list of {prefix: ..., weight: ...}"
-    if not isinstance(train, list) or not train:
-        raise ValueError(f"data.train: got {train!r}, {expected}")
-    found = []
-    for entry in train:
-        if not isinstance(entry, dict) or set(entry) != {"prefix", "weight"}:
-            raise ValueError(f"data.train: got the entry {entry!r}, {expected}")
-        prefix, weight = entry["prefix"], entry["weight"]
-        if not isinstance(prefix, str) or isinstance(weight, bool) or not isinstance(weight, int | float):
-            raise ValueError(f"data.train: got the entry {entry!r}, {expected}")
-        if not 0 < weight < float("inf"):
-            raise ValueError(f"data.train: got weight {weight} for {prefix}, expected a number above 0")
-        found.append((prefix, float(weight)))
-    return found
 
 
 def _joined(arrays: Sequence[np.ndarray]) -> np.ndarray:

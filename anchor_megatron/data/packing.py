@@ -89,6 +89,12 @@ class WindowDataset:
         self.recipe = recipe or Recipe(
             make_groups(self.corpus, weights=[1.0] * len(self.corpus.sets)), seed=seed
         )
+        longest = max(int(self.corpus.lengths[group.documents].max()) for group in self.recipe.groups)
+        if longest < packing.shortest and not packing.join_short:
+            raise ValueError(
+                f"data.min_document_tokens: got {packing.shortest}, expected at most {longest}, which the longest "
+                "document holds"
+            )
         self._streams: dict[int, Stream] = {}
         self._blocks: dict[tuple[int, int], list[Pieces]] = {}
         self._first_windows = [0]  # of epochs 0, 1, ...; grows as later ones are asked for

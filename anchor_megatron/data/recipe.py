@@ -24,7 +24,7 @@ from anchor_megatron.data.seeds import EPOCH, GROUP, generator
 
 __all__ = ["SAMPLERS", "Group", "Recipe", "make_groups"]
 
-SAMPLERS = ("plain", "upsample_long")
+SAMPLERS = ("plain", "upsample_long")  # every document once an epoch; long ones more often
 
 
 @dataclass(frozen=True)
@@ -56,9 +56,9 @@ class Recipe:
             generator(self.seed, GROUP, turn, group=number).permutation(group.documents)[
                 max(begin - turn * size, 0) : end - turn * size
             ]
-            for turn in range(begin // size, -(-end // size))
+            for turn in range(begin // size, max(-(-end // size), begin // size + 1))
         ]
-        return np.concatenate(parts) if len(parts) != 1 else parts[0]
+        return np.concatenate(parts) if len(parts) > 1 else parts[0]
 
 
 def make_groups(

@@ -157,6 +157,6 @@ def window_starts(
         parts.append(guess[: stop + 1])
         at, unit = int(following[stop]), int(inside[stop])
         block = _BLOCK if hit else 2 * block
-    begins = np.concatenate(parts)
+    begins = np.concatenate(parts) if parts else np.zeros(0, dtype=np.int64)
     units = np.searchsorted(slots, begins, side="right") - 1
     return np.append(unit_borders[units] + begins - slots[units], unit_borders[-1])

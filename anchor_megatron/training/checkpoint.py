@@ -28,8 +28,7 @@ from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyParallelSaveStrategyWrapper
 from torch.distributed.checkpoint.api import CheckpointException
 
-from anchor_megatron.config import Config, save_config
-from anchor_megatron.data.corpus import parse_sets
+from anchor_megatron.config import Config, data_sets, save_config
 from anchor_megatron.data.documents import tokenizer_folder
 from anchor_megatron.training.async_save import ThreadedStrategy
 from anchor_megatron.training.checkpoint_find import (
@@ -209,7 +208,7 @@ class Checkpointer:
 
     def _publish(self, pending: _Pending, final: Path, known: dict[str, Entry]) -> None:
         save_config(self.config, pending.aside / "config.yaml")
-        source = tokenizer_folder(parse_sets(self.config.data.train)[0][0])
+        source = tokenizer_folder(data_sets(self.config.data.train)[0][0])
         if source.is_dir():
             shutil.copytree(source, pending.aside / "tokenizer")
         write_manifest(pending.aside, step=pending.step, known=known)

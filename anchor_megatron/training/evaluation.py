@@ -14,6 +14,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 
 from anchor_megatron.config import Config
+from anchor_megatron.data.corpus import Corpus
 from anchor_megatron.data.packing import WindowDataset
 from anchor_megatron.model.builder import rank_device
 from anchor_megatron.training.loader import batches, open_windows
@@ -27,7 +28,7 @@ HELD_OUT = ("valid_loss", "test_loss")
 class Evaluation:
     """What a run evaluates, and when. Raises ValueError for splits without documents."""
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, corpus: Corpus) -> None:
         train, data = config.train, config.data
         self.last_step, self.interval = train.steps, train.eval_interval
         held_out = dataclasses.replace(
@@ -36,8 +37,11 @@ class Evaluation:
         self.config = dataclasses.replace(
             config, data=held_out, train=dataclasses.replace(train, steps=train.eval_steps)
         )
-        self.valid = open_windows(self.config, "valid") if train.eval_interval else None
-        self.test = open_windows(self.config, "test") if data.split[2] else None
+        self.valid = self._open("valid", corpus) if train.eval_interval else None
+        self.test = self._open("test", corpus) if data.split[2] else None
+
+    def _open(self, split: str, corpus: Corpus) -> WindowDataset:
+        return open_windows(self.config, split, corpus=corpus)
 
     def losses(self, trainee: Trainee, *, step: int) -> dict[str, float]:
         """What is due after `step` (1 is the first), by the names of HELD_OUT. All ranks call it together."""

@@ -12,9 +12,9 @@ import torch
 from megatron.core import parallel_state
 from torch.utils.data import DataLoader, Dataset
 
-from anchor_megatron.config import Config
+from anchor_megatron.config import Config, data_sets
 from anchor_megatron.data.assemble import Labels
-from anchor_megatron.data.corpus import Corpus, parse_sets
+from anchor_megatron.data.corpus import Corpus
 from anchor_megatron.data.documents import Documents, tokenizer_folder
 from anchor_megatron.data.packing import Packing, WindowDataset
 from anchor_megatron.data.recipe import Recipe, make_groups
@@ -29,13 +29,15 @@ from anchor_megatron.training.signals import outlive_signals
 __all__ = ["BatchDataset", "batches", "cost_model", "open_windows"]
 
 
-def open_windows(config: Config, split: str = "train") -> WindowDataset:
-    """The windows of `config.data`, of the documents in `split`; ValueError naming the file or field that
-    does not fit.
+def open_windows(config: Config, split: str = "train", *, corpus: Corpus | None = None) -> WindowDataset:
+    """The windows of `config.data`, of the documents in `split`; `corpus` where it is open already.
+
+    ValueError naming the file or field that does not fit.
     """
     data, vocab_size = config.data, config.model.vocab_size
-    sets = parse_sets(data.train)
-    corpus = Corpus([Documents(prefix, vocab_size=vocab_size) for prefix, _ in sets])
+    sets = data_sets(data.train)
+    if corpus is None:
+        corpus = Corpus([Documents(prefix, vocab_size=vocab_size) for prefix, _ in sets])
     anchor = data.anchor_token if data.anchor_token is not None else corpus.summary.anchor_token
     end = _end_token(config, corpus) if data.end_label == "eos" else None
     for name, token in (("anchor_token", anchor), ("eos_token", end)):

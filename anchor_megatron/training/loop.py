@@ -7,8 +7,7 @@ import sys
 
 import torch.distributed as dist
 
-from anchor_megatron.config import Config
-from anchor_megatron.data.corpus import parse_sets
+from anchor_megatron.config import Config, data_sets
 from anchor_megatron.data.documents import Documents
 from anchor_megatron.model.builder import rank_device
 from anchor_megatron.training.checkpoint import (
@@ -45,7 +44,7 @@ class Run:
     def __init__(self, config: Config) -> None:
         self.config = config = complete(config)
         self.windows = windows = open_windows(config)
-        self.evaluation = Evaluation(config)
+        self.evaluation = Evaluation(config, windows.corpus)
         initialize_ranks(config)
         self.checkpointer = Checkpointer(config) if config.checkpoint.directory is not None else None
         try:
@@ -192,7 +191,7 @@ def complete(config: Config) -> Config:
     """`config` with what the data set decides: the vocabulary's size where the model leaves it open."""
     if config.model.vocab_size is not None:
         return config
-    vocab_size = Documents(parse_sets(config.data.train)[0][0]).summary.vocab_size
+    vocab_size = Documents(data_sets(config.data.train)[0][0]).summary.vocab_size
     return dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=vocab_size))
 
 
