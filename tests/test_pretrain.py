@@ -122,6 +122,15 @@ def truncated(prefix: Path, folder: Path) -> Path:
             "set.bin: got token id 299, expected ids below",
         ),
         ("data.anchor_token=300", "data.anchor_token: got 300, expected an id below vocab_size = 300"),
+        (
+            "data.end_label=eos data.eos_token=300",
+            "data.eos_token: got 300, expected an id below vocab_size = 300",
+        ),
+        ("data.min_document_tokens=9999", "data.min_document_tokens: got 9999, expected at most"),
+        (
+            "data.split=[0.999,0.001,0.0] train.eval_interval=1",
+            "data.split: got no documents of",
+        ),
         ("data.seq_length=1", "data.seq_length: got 1, expected at least 2"),
         ("parallel.context=3", "got 128, expected a multiple of parallel.context = 3"),
         ("parallel.context=2", "number of ranks: got 1, expected a multiple of"),

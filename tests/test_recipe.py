@@ -1,4 +1,4 @@
-"""What an epoch takes: sources and data sets at their shares, long documents more often, splits by document."""
+"""What an epoch takes: sources and data sets at their shares, long documents more often, a split of them."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from test_packing import write_documents
 from test_windows import corpus_of
 
 from anchor_megatron.data.corpus import SPLITS, Corpus
+from anchor_megatron.data.documents import Documents
 from anchor_megatron.data.recipe import Recipe, make_groups
 
 
@@ -53,6 +54,16 @@ def test_a_blend_takes_each_set_by_its_weight_and_shows_its_own_tokens(tmp_path:
     documents = np.array([95, 3, 119, 0])
     found = corpus.tokens(documents, np.array([0, 2, 59, 0]), np.array([3, 5, 60, 1]))
     assert found.tolist() == [302, 303, 304, 64, 65, 66, 1801, 2]
+
+
+def test_sources_that_are_not_the_documents_are_refused(tmp_path: Path) -> None:
+    corpus_of(tmp_path, [3, 4], [0, 1])
+    for wrong in (np.zeros(3, dtype=np.uint8), np.array([0, 2], dtype=np.uint8), np.zeros(2)):
+        np.save(tmp_path / "set_sources.npy", wrong)
+        with pytest.raises(
+            ValueError, match="set_sources.npy: got .* expected for each of 2 documents an entry"
+        ):
+            Documents(tmp_path / "set")
 
 
 def test_splits_are_by_document_and_the_same_for_every_seed(tmp_path: Path) -> None:

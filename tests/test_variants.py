@@ -89,21 +89,23 @@ def test_everything_at_once_trains_and_is_counted(
 
 
 @pytest.mark.parametrize(
-    ("world_size", "parallel"),
-    [(4, dict(context=2, tensor=2, sequence=True)), (4, dict(pipeline=2))],
+    ("parallel", "micro_batch_size"), [(dict(context=2, tensor=2, sequence=True), 1), (dict(pipeline=2), 2)]
 )
 def test_variants_are_the_same_run_on_every_layout_and_after_resuming(
     data: Path,
     straight: tuple[Path, list[dict[str, Any]]],
     tmp_path: Path,
-    world_size: int,
     parallel: dict[str, int],
+    micro_batch_size: int,
 ) -> None:
-    """Goes on from the middle of the straight run, on another layout."""
+    """Goes on from the middle of the straight run, on four ranks."""
     folder, expected = straight
     shutil.copytree(folder / "step_0000002", tmp_path / "step_0000002")
     (tmp_path / "latest").write_text("step_0000002\n")
-    found = train(configuration(data, tmp_path, parallel=parallel, data=dict(num_workers=1)), world_size)
+    sections = dict(
+        parallel=parallel, data=dict(num_workers=1), train=dict(micro_batch_size=micro_batch_size)
+    )
+    found = train(configuration(data, tmp_path, **sections), 4)
     assert [report["step"] for report in found] == [3, 4]
     for report, wanted in zip(found, expected[2:], strict=True):
         for name in ("loss", "valid_loss", "test_loss"):

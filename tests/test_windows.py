@@ -16,10 +16,12 @@ from hypothesis import strategies as st
 from test_packing import ANCHOR, epoch_windows, write_documents
 
 from anchor_megatron.data.arrange import PACKINGS
-from anchor_megatron.data.assemble import Labels
+from anchor_megatron.data.assemble import Labels, Leads, assemble
 from anchor_megatron.data.corpus import Corpus
 from anchor_megatron.data.documents import Documents
+from anchor_megatron.data.interleave import interleaved_slots
 from anchor_megatron.data.packing import Packing, WindowDataset
+from anchor_megatron.data.stream import Pieces
 from anchor_megatron.data.window import Window
 from anchor_megatron.testing.lengths import draw_lengths
 from anchor_megatron.testing.models import tiny_config
@@ -173,6 +175,18 @@ def check_slots(window: Window, interleave: int) -> None:
 def assert_same(one: Window, other: Window) -> None:
     for name, value in vars(one).items():
         assert np.array_equal(value, getattr(other, name)), name
+
+
+def test_a_window_that_looking_ahead_left_empty_is_padding(tmp_path: Path) -> None:
+    corpus = corpus_of(tmp_path, [3, 4])
+    stream = WindowDataset(corpus, seq_length=8, anchor_token=ANCHOR, seed=0)._stream(0)
+    nothing = np.zeros(0, dtype=np.int64)
+    pieces = Pieces(nothing, nothing, nothing)
+    window = assemble(corpus, stream, pieces, seq_length=8, leads=Leads(ANCHOR), labels=Labels(True, END))
+    assert window.counts.padding == 8 and not window.loss_mask.any() and window.document_ids.tolist() == [-1]
+    is_own = np.zeros(8, dtype=bool)
+    slots = interleaved_slots(window.cu_seqlens, is_own, filled=0, mean=2, generator=np.random.default_rng(0))
+    assert slots.tolist() == list(range(8))
 
 
 def test_chunks_are_of_the_length_asked_for_and_mixed(tmp_path: Path) -> None:

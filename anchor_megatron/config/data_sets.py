@@ -1,7 +1,9 @@
 """The data sets behind `data.train`: one by its prefix, or several with their shares of the tokens.
 
-train: data/web                                        [("data/web", 1.0)]
-train: [{prefix: data/web, weight: 3}, {prefix: data/code, weight: 1}]
+    train: data/web                                                        [("data/web", 1.0)]
+    train: [{prefix: data/web, weight: 3}, {prefix: data/code, weight: 1}] three tokens of web to one of code
+
+Weights need not sum to anything.
 """
 
 from __future__ import annotations

@@ -97,7 +97,8 @@ class DataConfig:
     eos_token: int | None = None
     """Token id of end_label eos; the EOS of the data set's tokenizer where null."""
     domain_tag: bool = False
-    """Begin each document, behind its anchor, with the name of its source, on which nothing is trained."""
+    """Begin each document, and what follows where a window cut one, with the name of its source behind the
+    anchor; nothing is trained on it."""
     interleave: int = 0
     """Cut documents at random places into chunks of this many tokens on average and shuffle the chunks in the
     window; a document's own stay in order, attention stays inside documents. 0: documents stay whole."""

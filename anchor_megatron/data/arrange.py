@@ -2,10 +2,10 @@
 
 A block of windows in plain order holds certain own tokens; arranging moves them among its windows and never
 across its ends, so that no token is lost or repeated, and where a window is in the data is still told by its
-number alone. Units of 6, 3, 5 and 2 tokens, leads of one slot, two windows of 10 slots:
+number alone. Units of 6, 3, 5 and 1 tokens, leads of one slot, two windows of 10 slots:
 
-    plain       6, 2 of 3 | 1 of 3, 5, 1 of 2 ...    the unit of 3 is cut, a window's end cuts that of 2
-    best_fit    6, 2      | 3, 5                     whole wherever a window has room (arXiv 2404.10830)
+    plain       6, 2 of 3 | 1 of 3, 5, 1    the unit of 3 is cut
+    best_fit    6, 1      | 5, 3            whole where there is room (arXiv 2404.10830); a slot is padding
 
 `balanced` gives each unit, large ones first, to the window with the least attention area so far, then sorts
 windows into global batches of like area, in shuffled order. Pieces are shuffled inside each window: a long
@@ -59,26 +59,29 @@ def arrange(
 
 
 class _Windows:
-    """Windows being filled: own tokens (start, stop) `held` by each, and the `room` in slots that it has."""
+    """Windows being filled: own tokens (start, stop) `held` by each, its slots without a unit (`padding`) and
+    those that one may take (`room`: none where it has as many units as it may).
+    """
 
     def __init__(self, count: int, seq_length: int, most_units: int) -> None:
         self.held: list[list[tuple[int, int]]] = [[] for _ in range(count)]
         self.seq_length, self.most_units = seq_length, most_units
         self.room = np.full(count, seq_length)
+        self.padding = np.full(count, seq_length)
         self.area = np.zeros(count)
 
     def put(self, window: int, start: int, stop: int, lead: int) -> None:
         slots = stop - start + lead
         self.held[window].append((start, stop))
         self.room[window] -= slots
+        self.padding[window] -= slots
         self.area[window] += slots * (slots + 1) / 2
         if len(self.held[window]) == self.most_units:
             self.room[window] = 0
 
     def areas(self) -> np.ndarray:
         """Visible pairs of every window, its padding's too."""
-        padding = self.seq_length - np.array([sum(stop - start for start, stop in one) for one in self.held])
-        return self.area + np.where(self.room > 0, padding, 0)
+        return self.area + self.padding * (self.padding + 1) / 2
 
     def fill(self, pieces: np.ndarray, *, by_area: bool) -> list[tuple[int, int, int]]:
         """Puts (start, stop, lead) whole where a window has room, large ones first; what found none.

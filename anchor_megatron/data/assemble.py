@@ -108,7 +108,7 @@ def _own_tokens(
     goes_on = stops < corpus.lengths[documents]  # one token more than the window shows: its last label
     fetched = corpus.tokens(documents, starts, stops + goes_on)
     ends = np.cumsum(stops + goes_on - starts)
-    following = np.append(fetched[1:], 0)
+    following = np.roll(fetched, -1)  # the last one's is replaced or not shown
     mask = np.ones(fetched.size, dtype=bool)
     is_last = ends[~goes_on] - 1
     following[is_last] = 0 if labels.end_token is None else labels.end_token

@@ -128,7 +128,7 @@ class Documents:
         if not os.path.isfile(path):
             return None
         found = np.load(path)
-        if found.shape != (len(self),) or found.dtype.kind not in "iu" or found.max() >= len(names):
+        if found.shape != (len(self),) or found.dtype.kind not in "iu" or found.max(initial=0) >= len(names):
             raise ValueError(
                 f"{path}: got {found.dtype} {found.shape}, expected for each of {len(self)} documents an "
                 f"entry of the {len(names)} sources in {self.prefix}.json"

@@ -4,8 +4,8 @@ Documents x and p (leads a), cut once each:
 
     rows       a x x x x a p p p          documents stay contiguous: attention is per document
     chunks     0 0 0 1 1 2 2 3 3
-    window     a x x a p p x x p          the order in which the window tells them: 0 2 1 3
-    slots      0 1 2 6 7 3 4 5 8          each row's place in the window
+    window     a x x a p x x p p          the order in which the window tells them: 0 2 1 3
+    slots      0 1 2 5 6 3 4 7 8          each row's place in the window
 
 Chunks of one document keep their order, so that every token still follows what it may see (arXiv 2411.13476,
 interleaved chunks). Positions then come from slots; nothing else changes.
@@ -28,6 +28,9 @@ def interleaved_slots(
     filled                  rows before the padding, which stays where it is
     mean                    tokens of a chunk, on average: each place between two own tokens is cut as likely
     """
+    slots = np.arange(is_own.size)
+    if not filled:
+        return slots
     begins = np.zeros(filled, dtype=bool)
     begins[cu_seqlens[:-1][cu_seqlens[:-1] < filled]] = True
     both_own = is_own[1:filled] & is_own[: filled - 1]  # a piece's first own token follows its lead
@@ -41,6 +44,5 @@ def interleaved_slots(
     told[place] = np.arange(place.size)
     before = np.empty_like(lengths)
     before[told] = np.cumsum(lengths[told]) - lengths[told]
-    slots = np.arange(is_own.size)
     slots[:filled] += np.repeat(before - starts, lengths)
     return slots

@@ -92,8 +92,8 @@ class WindowDataset:
         longest = max(int(self.corpus.lengths[group.documents].max()) for group in self.recipe.groups)
         if longest < packing.shortest and not packing.join_short:
             raise ValueError(
-                f"data.min_document_tokens: got {packing.shortest}, expected at most {longest}, which the longest "
-                "document holds"
+                f"data.min_document_tokens: got {packing.shortest}, expected at most {longest}, which the "
+                "longest document holds"
             )
         self._streams: dict[int, Stream] = {}
         self._blocks: dict[tuple[int, int], list[Pieces]] = {}
@@ -107,7 +107,7 @@ class WindowDataset:
             self.corpus, stream, pieces, seq_length=self.seq_length, leads=self.leads, labels=self.labels
         )
         passed = np.searchsorted(stream.dropped, stream.windows[index : index + 2], side="right")
-        passed[0] *= index > 0
+        passed[0] *= index > 0  # those before an epoch's first token are the first window's
         window = replace(window, counts=replace(window.counts, dropped=int(passed[1] - passed[0])))
         return self._interleaved(window, stream.leads[pieces.unit], n) if self.packing.interleave else window
 

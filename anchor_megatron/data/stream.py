@@ -38,25 +38,20 @@ class Pieces:
 class Stream:
     """An epoch of d documents in u units.
 
-    documents  int64 [d]    in order; none is empty
-    borders    int64 [d+1]  own tokens before each
-    units      int64 [u+1]  entries of `documents` at which units begin; None: each document is one
-    leads      int64 [u]    slots in front of each piece of a unit
-    windows    int64 [w+1]  own tokens before each window of plain packing
-    dropped    int64 [x]    own tokens before each document that was left out as too short
+    documents     int64 [d]    in order; none is empty
+    borders       int64 [d+1]  own tokens before each
+    unit_borders  int64 [u+1]  own tokens before each unit; `borders` where each document is one
+    leads         int64 [u]    slots in front of each piece of a unit
+    windows       int64 [w+1]  own tokens before each window of plain packing
+    dropped       int64 [x]    own tokens before each document that was left out as too short
     """
 
     documents: np.ndarray
     borders: np.ndarray
-    units: np.ndarray | None
+    unit_borders: np.ndarray
     leads: np.ndarray
     windows: np.ndarray
     dropped: np.ndarray
-
-    @property
-    def unit_borders(self) -> np.ndarray:
-        """Own tokens int64 [u+1] before each unit."""
-        return self.borders if self.units is None else self.borders[self.units]
 
     def pieces(self, start: int, stop: int) -> Pieces:
         """Own tokens [start, stop) by unit."""
@@ -102,7 +97,7 @@ def lay_out(
         own_leads = leads[corpus.sources[heads]]
     unit_borders = borders if units is None else borders[units]
     windows = window_starts(unit_borders, own_leads, seq_length=seq_length, most_units=most_units)
-    return Stream(order, borders, units, own_leads, windows, dropped)
+    return Stream(order, borders, unit_borders, own_leads, windows, dropped)
 
 
 def _join(corpus: Corpus, order: np.ndarray, shortest: int) -> tuple[np.ndarray, np.ndarray]:

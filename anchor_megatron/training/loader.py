@@ -40,7 +40,9 @@ def open_windows(config: Config, split: str = "train", *, corpus: Corpus | None 
         corpus = Corpus([Documents(prefix, vocab_size=vocab_size) for prefix, _ in sets])
     anchor = data.anchor_token if data.anchor_token is not None else corpus.summary.anchor_token
     end = _end_token(config, corpus) if data.end_label == "eos" else None
-    for name, token in (("anchor_token", anchor), ("eos_token", end)):
+    tags = _tags(corpus) if data.domain_tag else None
+    largest_tag = None if tags is None else max(map(max, tags))
+    for name, token in (("anchor_token", anchor), ("eos_token", end), ("domain_tag", largest_tag)):
         if token is not None and vocab_size is not None and token >= vocab_size:
             raise ValueError(f"data.{name}: got {token}, expected an id below vocab_size = {vocab_size}")
     groups = make_groups(
@@ -59,7 +61,7 @@ def open_windows(config: Config, split: str = "train", *, corpus: Corpus | None 
         seed=config.train.seed,
         labels=Labels(anchor_loss=data.anchor_loss, end_token=end),
         packing=_packing(config),
-        tags=_tags(corpus) if data.domain_tag else None,
+        tags=tags,
         recipe=Recipe(groups, seed=config.train.seed),
     )
 
