@@ -42,7 +42,7 @@ export OMP_NUM_THREADS=8
 
 # torchrun itself must outlive the signal, which its ranks take: they install handlers of their own
 srun --kill-on-bad-exit=0 bash -c 'trap "" USR1; exec "$@"' rank \
-    torchrun --nnodes "$SLURM_NNODES" --nproc-per-node 8 --max-restarts 3 --shutdown-timeout 300 \
+    torchrun --nnodes "$SLURM_NNODES" --nproc-per-node 8 --max-restarts 3 --shutdown-timeout 120 \
     --rdzv-backend c10d --rdzv-endpoint "$first:29400" --rdzv-id "$SLURM_JOB_ID.${SLURM_RESTART_COUNT:-0}" \
     pretrain_anchor.py "$config" "$@" &
 job=$!

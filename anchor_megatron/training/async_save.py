@@ -63,6 +63,7 @@ class ThreadedStrategy(TorchDistSaveShardedStrategy):
         ]
         if torch.cuda.is_available():
             torch.cuda.synchronize()
+        self._writer.write_buckets = [("", "", ([], []))] * len(buckets)  # the originals need not be kept
         self._thread = threading.Thread(
             target=self._write, args=(self._writer, buckets), name="checkpoint-writer"
         )

@@ -111,7 +111,10 @@ def make_data(rank: int, world_size: int, folder: Path, seconds: float | None) -
 
 
 def preprocessing(number: int, data: Path, folder: Path, dice: random.Random) -> tuple[int, int]:
-    """Preprocessing killed, and run again: the same bytes. Kills that came in time, data sets that differ."""
+    """Preprocessing killed, and run again: the same bytes, and what was left before either those or refused.
+
+    Returns the kills that came in time and the data sets that differ.
+    """
     killed = damaged = 0
     for case in range(number):
         place = folder / f"data{case}"
@@ -120,10 +123,17 @@ def preprocessing(number: int, data: Path, folder: Path, dice: random.Random) ->
             run_ranks(1, make_data, place, dice.uniform(0.01, 0.15))
         except RankError:
             killed += 1
+        if _refusal(lambda place=place: Documents(place / "set")) is None:
+            damaged += not _same_data(place / "set", data)
         run_ranks(1, make_data, place, None)
-        for suffix in (".bin", ".idx"):
-            damaged += (place / f"set{suffix}").read_bytes() != data.with_suffix(suffix).read_bytes()
+        damaged += not _same_data(place / "set", data)
     return killed, damaged
+
+
+def _same_data(one: Path, other: Path) -> bool:
+    return all(
+        one.with_suffix(end).read_bytes() == other.with_suffix(end).read_bytes() for end in (".bin", ".idx")
+    )
 
 
 def corruptions(number: int, data: Path, folder: Path, dice: random.Random) -> bool:

@@ -24,6 +24,7 @@ from anchor_megatron.training.errors import explain
 from anchor_megatron.training.health import Diverged
 from anchor_megatron.training.loop import Run
 from anchor_megatron.training.signals import Agreement, StopRequests
+from anchor_megatron.training.straggler import ForwardTimer, spread
 from anchor_megatron.training.watchdog import Watchdog
 
 pytestmark = pytest.mark.faults
@@ -186,6 +187,20 @@ def test_a_skipped_step_changes_nothing(precision: str, data: Path, tmp_path: Pa
         data, tmp_path, parallel=dict(context=1), train=dict(precision=precision), data=dict(seq_length=16)
     )
     assert run_ranks(1, weights_around, config) == [True]
+
+
+def slow_forward(rank: int, world_size: int) -> dict[str, float]:
+    layer = torch.nn.Linear(2, 2)
+    timer = ForwardTimer(layer)
+    layer.register_forward_pre_hook(lambda *_: time.sleep(0.05 if rank == 2 else 0.0))
+    layer(torch.ones(1, 2))
+    return spread(forward=timer.take(), waited=float(rank))
+
+
+def test_the_slowest_rank_is_told() -> None:
+    for told in run_ranks(3, slow_forward):
+        assert (told["slowest_rank"], told["data_wait_seconds_longest"]) == (2, 2.0)
+        assert told["forward_seconds_slowest"] > 0.05 > told["forward_seconds_median"]
 
 
 def test_an_error_says_who_when_and_what_to_do() -> None:

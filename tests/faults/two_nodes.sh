@@ -36,7 +36,7 @@ start() { # node
     TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 OMP_NUM_THREADS=1 GLOO_SOCKET_IFNAME="anchor$1" \
         setsid ip netns exec "${nodes[$1]}" python -m torch.distributed.run \
         --nnodes 2 --nproc-per-node 1 --max-restarts 5 --rdzv-backend c10d --rdzv-endpoint 10.77.0.1:29400 \
-        --rdzv-id rehearsal --rdzv-conf keep_alive_interval=1,keep_alive_max_attempt=3,last_call_timeout=2 \
+        --rdzv-id rehearsal --rdzv-conf is_host=$((1 - $1)),keep_alive_interval=1,keep_alive_max_attempt=3,last_call_timeout=2 \
         --local-addr "10.77.0.$(($1 + 1))" --shutdown-timeout 5 \
         pretrain_anchor.py examples/tiny.yaml data.train="$prefix" parallel.context=2 train.steps=60 \
         train.distributed_timeout_minutes=0.3 checkpoint.directory="$output" checkpoint.save_interval=10 \
@@ -51,7 +51,7 @@ wait_for() { # seconds, command
         left=$((left - 1))
         if ((left < 0)); then
             echo "two_nodes.sh: gave up waiting for: $*" >&2
-            tail -n 30 "$output"/node*.log >&2
+            tail -n 15 "$output"/node*.log >&2
             exit 1
         fi
         sleep 1
