@@ -226,7 +226,7 @@ def many_steps(rank: int, world_size: int, config: Config, every: int) -> list[t
 
 
 def steps(number: int, data: Path, folder: Path) -> bool:
-    """Memory and descriptors of a run of many steps that saves on the way, its first quarter left out."""
+    """Memory and descriptors of a run of many steps that saves on the way, its first half left out."""
     given = dict(
         parallel=dict(context=1), train=dict(steps=number), data=dict(seq_length=64), log=dict(interval=10)
     )
@@ -235,7 +235,7 @@ def steps(number: int, data: Path, folder: Path) -> bool:
     )
     every = max(1, number // 100)
     seen = run_ranks(1, many_steps, config, every, timeout=3600.0)[0]
-    memory, files = np.array(seen[len(seen) // 4 :]).T
+    memory, files = np.array(seen[len(seen) // 2 :]).T
     slope = np.polyfit(np.arange(memory.size) * every, memory, 1)[0]
     grown = f"{memory[0] / 1e6:.1f} to {memory[-1] / 1e6:.1f} MB ({slope / 1e3:+.2f} KB a step)"
     print(
@@ -248,7 +248,8 @@ def fuzz(cases: int, folder: Path) -> bool:
     """Every parser of outside bytes, on so many files each."""
     test_fuzz.make_good(folder)
     counts = {name: (cases if name != "jsonl" else cases // 10) for name in test_fuzz.FILES}
-    refused = {name: test_fuzz.fuzz(name, folder, cases=count) for name, count in counts.items()}
+    with scenes.quiet():
+        refused = {name: test_fuzz.fuzz(name, folder, cases=count) for name, count in counts.items()}
     files = sum(counts.values())
     print(f"fuzz: {len(counts)} parsers, {files} files, {sum(refused.values())} refused, 0 crashes")
     return True
