@@ -199,8 +199,8 @@ class Checkpointer:
             known = {name: entry for entries in written for name, entry in entries.items()}
             try:
                 self._publish(pending, final, known)
-            except OSError as failed:
-                error = f"{failed.filename or pending.aside}: {failed.strerror}"
+            except (OSError, ValueError) as failed:
+                error = f"{getattr(failed, 'filename', None) or pending.aside}: {failed}"
                 shutil.rmtree(pending.aside, ignore_errors=True)
         if error := _from_first_rank(error):
             raise SaveFailed(error)

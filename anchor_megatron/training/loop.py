@@ -19,7 +19,7 @@ from anchor_megatron.training.checkpoint import (
 )
 from anchor_megatron.training.errors import explain
 from anchor_megatron.training.evaluation import Evaluation
-from anchor_megatron.training.health import Health, write_outcome
+from anchor_megatron.training.health import Diverged, Health, write_outcome
 from anchor_megatron.training.loader import BatchDataset, batches, open_windows
 from anchor_megatron.training.monitor import Monitor
 from anchor_megatron.training.probe import check_run
@@ -115,12 +115,17 @@ class Run:
             )
             if figures is not None:
                 self.health.rates.append(figures["tokens_per_second"])
-            self.health.judge(step, updated=result.updated, speak=dist.get_rank() == 0)
             reason, writing = self.agreement.result()
             if not writing:
                 self._finish_save()
-            if self._saves(step, stopping=bool(reason)):
-                self._save(step)
+            try:
+                self.health.judge(step, updated=result.updated, speak=dist.get_rank() == 0)
+            except Diverged:
+                self._finish_save()
+                raise
+            last = bool(reason) or step == _last_step(self.config)
+            if self._saves(step, last=last):
+                self._save(step, last=last)
             if reason:
                 break
         self._finish_save(last=True)
@@ -131,14 +136,14 @@ class Run:
         waited, self.watchdog.waited = self.watchdog.waited, 0.0
         return spread(forward=self.forward.take(), waited=waited)
 
-    def _save(self, step: int) -> None:
+    def _save(self, step: int, *, last: bool) -> None:
         assert self.checkpointer is not None, "only a run with a folder saves"
         self._finish_save()
         self.watchdog.at("saving")
         try:
             self.checkpointer.save(self.trainee, step=step, state=self.health.state())
         except SaveFailed as failed:
-            self._survive(failed, last=step == _last_step(self.config))
+            self._survive(failed, last=last)
 
     def _finish_save(self, *, last: bool = False) -> None:
         if self.checkpointer is None or not self.checkpointer.unfinished:
@@ -157,11 +162,11 @@ class Run:
         self.health.counts.failed_saves += 1
         _say(f"could not save: {failed}\n    going on; make room before the next save (older ones are whole)")
 
-    def _saves(self, step: int, *, stopping: bool) -> bool:
+    def _saves(self, step: int, *, last: bool) -> bool:
         if self.checkpointer is None:
             return False
         interval = self.config.checkpoint.save_interval
-        return stopping or step == _last_step(self.config) or bool(interval and step % interval == 0)
+        return last or bool(interval and step % interval == 0)
 
     def _resume(self) -> int:
         """Steps already taken."""

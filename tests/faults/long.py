@@ -6,7 +6,7 @@ prints, part by part:
 
     kills: 40 of ranks and of preprocessing, 0 lost, 0 diverged
     corruptions: 200 made, 200 detected and named, 0 trained on
-    2000 steps: resident memory +0.3 KB a step, file descriptors 31 to 31
+    2000 steps, 100 checkpoints: resident memory 455.5 to 455.6 MB (+0.10 KB a step), ...104 to 104
     fuzz: 8 parsers, 8000 files, 5321 refused, 0 crashes
 
 and ends with status 1 where something was lost, diverged, or went unnoticed. Needs no GPU.
@@ -15,6 +15,7 @@ and ends with status 1 where something was lost, diverged, or went unnoticed. Ne
 from __future__ import annotations
 
 import argparse
+import contextlib
 import random
 import shutil
 import sys
@@ -42,18 +43,15 @@ from anchor_megatron.training.manifest import MANIFEST, listed_files
 
 def train(rank: int, world_size: int, config: Config, victim: int, kill: tuple | None) -> int:
     """A run, killed at a point of `scenes.POINTS` or after some seconds; returns the step it began from."""
-    with scenes.quiet():
-        if kill is None or rank != victim:
-            run = Run(config)
-            run.train()
-        elif isinstance(kill[0], str):
-            with scenes.dying_at(kill[0], call=kill[1], leaving=kill[2]):
-                run = Run(config)
-                run.train()
+    fate: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
+    if kill is not None and rank == victim:
+        if isinstance(kill[0], str):
+            fate = scenes.dying_at(kill[0], call=kill[1], leaving=kill[2])
         else:
-            scenes.die_after(kill[0])
-            run = Run(config)
-            run.train()
+            fate = scenes.dying_after(kill[0])
+    with scenes.quiet(), fate:
+        run = Run(config)
+        run.train()
     return run.first_step
 
 
@@ -104,9 +102,8 @@ def draw(dice: random.Random, seconds: float) -> tuple:
 
 
 def make_data(rank: int, world_size: int, folder: Path, seconds: float | None) -> None:
-    if seconds is not None:
-        scenes.die_after(seconds)
-    with scenes.quiet():
+    fate = contextlib.nullcontext() if seconds is None else scenes.dying_after(seconds)
+    with scenes.quiet(), fate:
         scenes.make_data(folder)
 
 
@@ -231,16 +228,15 @@ def steps(number: int, data: Path, folder: Path) -> bool:
         parallel=dict(context=1), train=dict(steps=number), data=dict(seq_length=64), log=dict(interval=10)
     )
     config = scenes.configuration(
-        data, folder / "steps", checkpoint=dict(save_interval=number // 20), **given
+        data, folder / "steps", checkpoint=dict(save_interval=max(1, number // 100)), **given
     )
     every = max(1, number // 100)
     seen = run_ranks(1, many_steps, config, every, timeout=3600.0)[0]
     memory, files = np.array(seen[len(seen) // 2 :]).T
     slope = np.polyfit(np.arange(memory.size) * every, memory, 1)[0]
     grown = f"{memory[0] / 1e6:.1f} to {memory[-1] / 1e6:.1f} MB ({slope / 1e3:+.2f} KB a step)"
-    print(
-        f"{number} steps, 20 checkpoints: resident memory {grown}, file descriptors {files[0]} to {files[-1]}"
-    )
+    descriptors = f"file descriptors {files[0]} to {files[-1]}"
+    print(f"{number} steps, 100 checkpoints: resident memory {grown}, {descriptors}")
     return slope < 2000 and files[-1] <= files[0]
 
 

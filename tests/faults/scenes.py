@@ -130,11 +130,15 @@ def quiet() -> Iterator[None]:
             yield
 
 
-def die_after(seconds: float) -> None:
-    """Kills this process with SIGKILL after so long, wherever it stands."""
+@contextlib.contextmanager
+def dying_after(seconds: float) -> Iterator[None]:
+    """Kills this process with SIGKILL after so long, wherever in the block it stands."""
     timer = threading.Timer(seconds, os.kill, (os.getpid(), signal.SIGKILL))
-    timer.daemon = True
     timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 # a way to damage a file: its bytes and a source of randomness give what it holds then (None: it is gone)
