@@ -25,7 +25,9 @@ from anchor_megatron.profiling.rivals import place_chunks, predict_every_documen
 from anchor_megatron.profiling.simulate import Settings, simulate
 from anchor_megatron.profiling.sweep import Sweep, add_predictions, sweep
 from anchor_megatron.profiling.windows import draw_window
+from anchor_megatron.testing.models import tiny_config
 from anchor_megatron.testing.ranks import run_ranks
+from anchor_megatron.training.loader import cost_model
 
 ROOT = Path(__file__).resolve().parents[1]
 TABLE = ROOT / "benchmarks" / "document_lengths.csv"
@@ -217,6 +219,17 @@ def test_least_squares_never_goes_below_zero() -> None:
     assert least_squares(columns, np.array([5.0, 7.0, 9.0])) == pytest.approx([3.0, 2.0])
     found = least_squares(columns, np.array([9.0, 7.0, 5.0]))
     assert found.min() == 0 and found.max() > 0
+
+
+def test_a_run_places_by_what_was_measured(tmp_path: Path) -> None:
+    path = tmp_path / "measured.json"
+    path.write_text('{"machine": {"forward_tflops": 123, "tile": 64}}')
+    attention = dict(calibration=str(path), ranks_per_node=4)
+    costs = cost_model(
+        tiny_config(attention=attention, parallel=dict(tensor=2), train=dict(precision="bf16"))
+    )
+    assert costs.machine == Machine(forward_tflops=123, tile=64) and costs.ranks_per_node == 4
+    assert costs.shape == LayerShape(heads=2, groups=1, head_dim=16, bytes_per_value=2)
 
 
 @pytest.mark.parametrize(

@@ -41,7 +41,11 @@ class Prediction:
 
 
 def predict(exchange: str, placement: Placement, costs: CostModel) -> Prediction | None:
-    """The prediction for an exchange (`attention.exchange`); None where it cannot run on so many ranks."""
+    """The prediction for an exchange; None where it cannot run on so many ranks.
+
+    `sparse` sends all needed rows at once, `ring` in rounds of at most ROUND_BYTES whose outputs are merged,
+    `ulysses` exchanges heads for rows.
+    """
     if exchange == "ulysses":
         return _ulysses(placement, costs)
     rounds = 1
