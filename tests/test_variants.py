@@ -88,6 +88,16 @@ def test_everything_at_once_trains_and_is_counted(
     assert sum(report["joined_documents"] for report in found) > 0
 
 
+def test_held_out_losses_leave_the_run_as_it_is(
+    data: Path, straight: tuple[Path, list[dict[str, Any]]], tmp_path: Path
+) -> None:
+    found = train(configuration(data, tmp_path, train=dict(eval_interval=0)), 1)
+    for report, wanted in zip(found, straight[1], strict=True):
+        assert "valid_loss" not in report
+        assert (report["loss"], report["grad_norm"]) == (wanted["loss"], wanted["grad_norm"])
+        assert report.get("test_loss") == wanted.get("test_loss")
+
+
 @pytest.mark.parametrize(
     ("parallel", "micro_batch_size"), [(dict(context=2, tensor=2, sequence=True), 1), (dict(pipeline=2), 2)]
 )
