@@ -121,7 +121,9 @@ def test_what_the_cache_answers_is_what_whole_passes_compute(world_size: int, te
         assert all(all(correct) for correct in got["best"])
         assert all(correct[:-1] == (True,) * 3 for correct in got["wrong"])
         assert not any(
-            correct[-1] for correct, tokens in zip(got["wrong"], got["written"]) if tokens[-1] != 1
+            correct[-1]
+            for correct, tokens in zip(got["wrong"], got["written"], strict=True)
+            if tokens[-1] != 1
         )
         np.testing.assert_allclose(got["losses"], expected["losses"], atol=2e-5)
         np.testing.assert_allclose(got["by_position"].whole, [expected["whole"]], atol=2e-5)

@@ -2,9 +2,9 @@
 
     torchrun --nproc-per-node 2 tools/bench_read.py --layers 4 --tokens 1048576 --output read_1m.json
 
-Random weights in a published shape, of which a few layers are kept; every rank holds its share of the keys and
-values. A check goes with it: the last tokens, read with all the others, must come out as they do when the cache
-is attended to (by other code). `difference` is the largest, over the hidden states' largest magnitude.
+Random weights in a published shape, of which a few layers are kept; every rank holds its share of the keys
+and values. A check goes with it: the last tokens, read with all the others, must come out as they do when the
+cache is attended to (by other code). `difference` is the largest, over the hidden states' largest magnitude.
 """
 
 from __future__ import annotations

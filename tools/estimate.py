@@ -3,11 +3,11 @@
     python tools/estimate.py examples/extend_128k/llama-3-8b.yaml --ranks 8 --tflops 450
     python tools/estimate.py run.yaml --ranks 64 parallel.tensor=4 parallel.context=8 train.recompute=full
 
-Counted from the configuration: weights and their gradients, the optimizer's shares, activations that the backward
-pass needs (what TransformerEngine's layers and our attention keep), one chunk of logits, received keys and values.
-Time is the step's operations over --tflops, a rank's measured rate on them (training prints it). Documents have
-the lengths of the data set at data.train where it exists, else of benchmarks/document_lengths.csv, at most a quarter
-of the window.
+Counted from the configuration: weights and their gradients, the optimizer's shares, activations that the
+backward pass needs (what TransformerEngine's layers and our attention keep), one chunk of logits, received
+keys and values. Time is the step's operations over --tflops, a rank's measured rate on them (training prints
+it). Documents have the lengths of the data set at data.train where it exists, else of
+benchmarks/document_lengths.csv, at most a quarter of the window.
 """
 
 from __future__ import annotations
@@ -79,9 +79,7 @@ def main(words: list[str] | None = None) -> int:
     return 0
 
 
-def estimate(
-    config: Config, *, ranks: int, tflops: float, optimizer: bool = True, seed: int = 0
-) -> Estimate:
+def estimate(config: Config, *, ranks: int, tflops: float, optimizer: bool = True, seed: int = 0) -> Estimate:
     """The figures of a run on `ranks` ranks. optimizer: False for a pass without one.
 
     ValueError where the ranks do not fit the configuration or the vocabulary's size is not given.
@@ -114,7 +112,7 @@ def estimate(
         "output": float(loss),
     }
     standing = sum(figures[name] for name in ("weights", "gradients", "optimizer", "activations", "received"))
-    # with pipelines the last stage holds the output layer and one micro-batch, the first the most micro-batches
+    # with pipelines the last stage holds the output layer and one micro-batch, the first the most of them
     peak = standing + max(loss, temporary + behind)
     gib = {name: value / GIB for name, value in figures.items()}
     tokens = config.data.seq_length * config.train.global_batch_size
@@ -165,7 +163,7 @@ def _heads(config: Config) -> tuple[int, int]:
 
 
 def _weights(config: Config) -> float:
-    """Entries on the fullest rank: its layers, and the embedding or the output layer (both without pipelines)."""
+    """Entries on the fullest rank: its layers, and the embedding or the output layer (both if one stage)."""
     model, parallel = config.model, config.parallel
     if model.vocab_size is None:
         raise ValueError("model.vocab_size: got null, expected the vocabulary's size")
@@ -181,8 +179,8 @@ def _weights(config: Config) -> float:
 def _layer_bytes(config: Config, rows: int, size: int) -> tuple[float, float]:
     """Bytes of one layer, of `rows` tokens: kept for the backward pass, and needed on top while it runs.
 
-    Kept: the inputs and results of both norms (4 D), queries, keys, values, the attention's output and log-sum-exp,
-    both halves of the MLP's gate and their product (3 F). On top: the gradients of the latter.
+    Kept: the inputs and results of both norms (4 D), queries, keys, values, the attention's output and
+    log-sum-exp, both halves of the MLP's gate and their product (3 F). On top: the gradients of the latter.
     """
     model, parallel = config.model, config.parallel
     queries, keys = _heads(config)

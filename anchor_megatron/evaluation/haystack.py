@@ -26,7 +26,7 @@ class Haystack:
     """The lines of a folder as token lists."""
 
     def __init__(self, folder: Path, encode: Encode, *, suffixes: tuple[str, ...] = ()) -> None:
-        """Reads the folder's files in order, up to some 8 million characters. ValueError where it has no text."""
+        """Reads the folder's files in order, at most some 8 million characters; ValueError for no text."""
         text: list[str] = []
         size = 0
         files = sorted(folder.rglob("*")) if folder.is_dir() else [folder]

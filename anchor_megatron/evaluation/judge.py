@@ -1,11 +1,11 @@
 """A model's answers to samples, scored in two ways.
 
-    teacher-forced   the answer's tokens are given; how many of them would the model have chosen, and were it all?
+    teacher-forced   the answer's tokens are given: how many of them would the model have chosen, and all?
     greedy           the model writes on; which of the expected strings are in what it wrote? (RULER's score)
 
-Greedy decoding writes an answer exactly if every teacher-forced choice is right, so for a question with one
-expected string "all right" is exact match under greedy decoding, at the price of one forward pass. With several
-expected strings, in any order, only greedy decoding tells.
+Greedy decoding writes an answer exactly if every teacher-forced choice is right. So for a question with one
+expected string "all right" is exact match under greedy decoding, at the price of one forward pass. With
+several expected strings, in any order, only greedy decoding tells.
 """
 
 from __future__ import annotations
@@ -52,8 +52,8 @@ def judge_needles(
     seed: int,
     decode: Callable[[list[int]], str] | None,
 ) -> list[Judged]:
-    """`samples` samples of every task and length. The single needle goes through `depths` equal steps of depth
-    instead, `samples` times. decode: from tokens to text, for greedy decoding; None leaves that out.
+    """`samples` samples of every task and length. The single needle goes through `depths` equal steps of
+    depth instead, `samples` times. decode: from tokens to text, for greedy decoding; None leaves that out.
     """
     found = []
     for length in lengths:

@@ -5,13 +5,14 @@
     multi_value one key with four numbers, asked for together
     multi_query four keys, asked for together
     tracking    VAR QXA = 51823 ... VAR PLM = VAR QXA ...                        which names hold 51823?
-    common      a list of words, three of them thirty times, the rest three times   which are the most common?
+    common      a list of words, three of them often, the rest seldom           which are the most common?
     frequent    coded text, words drawn by a power law                           which three are most frequent?
-    distractors facts about many people, several of each kind for each           what is Ada Marlowe's locker?
+    distractors facts about several people, some of one family                   what is Ada Marlowe's locker?
 
-The tasks are RULER's; texts and code are our own, so figures are comparable among models judged here, not with
-published ones. A sample is drawn from (task, length, seed, number) alone. Its context, with the longest question
-and answer behind it, fills the length exactly, but for the two word lists, which end with a whole word.
+The tasks are RULER's; texts and code are our own, so figures are comparable among models judged here, not
+with published ones. A sample is drawn from (task, length, seed, number) alone. Its context, with an anchor
+before it and the longest question and answer behind it, fills the length to two tokens, but for the two word
+lists, which end with a whole word.
 """
 
 from __future__ import annotations
@@ -49,7 +50,7 @@ class Sample:
 
 @dataclass(frozen=True)
 class _Draft:
-    """Needles with the depth each goes to, and the questions. `filler` replaces the haystack where not None."""
+    """Needles with the depth each goes to, and the questions. `filler` stands for the haystack if given."""
 
     needles: list[tuple[float, str]]
     questions: tuple[Question, ...]
@@ -67,8 +68,8 @@ def draw_sample(
 ) -> Sample:
     """Sample `number` of a task, with an anchor and its longest question and answer `tokens` long.
 
-    depth: where a single needle stands; drawn where None. ValueError for an unknown task, or where the needles
-    do not fit.
+    depth: where a single needle stands; drawn where None. ValueError for an unknown task, or where the
+    needles do not fit.
     """
     if task not in TASKS:
         raise ValueError(f"task: got {task!r}, expected one of {', '.join(TASKS)}")
@@ -244,7 +245,8 @@ def _distractors(generator: np.random.Generator, encode: Encode, depth: float | 
         needles.append((at, " ".join(facts) + "\n"))
         if n % 3 == 0:
             k = int(generator.integers(len(_KINDS)))
-            prompt = f"\nQuestion: what is the number of {person}'s {_KINDS[k]}? Answer: {person}'s {_KINDS[k]} is number"
+            thing = f"{person}'s {_KINDS[k]}"
+            prompt = f"\nQuestion: what is the number of {thing}? Answer: {thing} is number"
             questions.append(Question(prompt, f" {numbers[k]}", (numbers[k],), at))
     return _Draft(needles, tuple(questions))
 

@@ -1,7 +1,7 @@
 """A checkpoint on disk, training's or Hugging Face's, as a model in memory with its tokenizer.
 
-A Hugging Face folder is converted into a temporary one first, by the first rank, and read from there; each rank
-then loads its share, at whatever tensor- and context-parallel sizes the evaluation runs.
+A Hugging Face folder is converted into a temporary one first, by the first rank, and read from there; each
+rank then loads its share, at whatever tensor- and context-parallel sizes the evaluation runs.
 """
 
 from __future__ import annotations

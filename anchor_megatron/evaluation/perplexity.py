@@ -5,7 +5,7 @@
     short     the first W tokens of documents  what the model could do before it was extended
 
 If a model uses its long context, "whole" falls with the position and stays below "sliding"; where positions
-break down it rises above. Positions are counted in buckets that double: [0, 256), [256, 512), [512, 1024), ...
+break down it rises above. Positions are counted in buckets that double: [0, 256), [256, 512), [512, 1024) ...
 """
 
 from __future__ import annotations

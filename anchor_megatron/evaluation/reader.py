@@ -1,6 +1,6 @@
 """A model that reads one long document with all its context-parallel ranks, then answers from what it keeps.
 
-    context   anchor t1 t2 ... tS           read once, in the plan's placement; keys and values stay where they are
+    context   anchor t1 t2 ... tS           read once, by the plan; keys and values stay where they are
     question  "... for kelp is:"            a branch behind the context; many questions share one reading
     answer    " 7421093"                    scored as it stands (teacher forcing), or generated greedily
 
@@ -42,7 +42,7 @@ class Reading:
 
 @dataclass(frozen=True)
 class Scored:
-    """A teacher-forced answer: the summed log-probability of its tokens, and which the model would have chosen."""
+    """A teacher-forced answer: its tokens' summed log-probability, and which the model would have chosen."""
 
     log_probability: float
     correct: tuple[bool, ...]
@@ -82,7 +82,7 @@ class Reader:
     def answer_logits(
         self, reading: Reading, branches: Sequence[tuple[Sequence[int], Sequence[int]]]
     ) -> list[Tensor]:
-        """For every (question, answer) the logits, fp32 [answer's tokens, vocabulary], that foretell the answer."""
+        """For every (question, answer) the logits that foretell the answer, fp32 [its tokens, vocabulary]."""
         rows = [[*reading.left_over, *question, *answer] for question, answer in branches]
         reading.cache.forget_branches()
         hidden = self._go_on(reading, [(n, row[:-1], 0) for n, row in enumerate(rows)])
@@ -129,8 +129,8 @@ class Reader:
 
     @torch.no_grad()
     def losses(self, tokens: np.ndarray, cu_seqlens: np.ndarray) -> np.ndarray:
-        """Cross entropy fp32 [S] of every token's successor in the documents with borders `cu_seqlens`, NaN for
-        each document's last. Positions restart in each; S must be a multiple of the ranks. On every rank.
+        """Cross entropy fp32 [S] of every token's successor in the documents with borders `cu_seqlens`, NaN
+        for each document's last. Positions restart in each; S must be a multiple of the ranks. On every rank.
         """
         hidden, index = self._hidden(tokens, cu_seqlens, None)
         labels = torch.from_numpy(np.append(tokens[1:], 0)[index]).to(hidden.device)

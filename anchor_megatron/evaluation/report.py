@@ -94,7 +94,7 @@ def _cell(values: list[float]) -> str:
 
 
 def _scores(result: Result) -> dict[str, float]:
-    """Column to value: exact match of every task and length (greedy where the model wrote), then the losses."""
+    """Column to value: every task and length (greedy where the model wrote, else exact), then the losses."""
     scores: dict[str, float] = {}
     for task, length in dict.fromkeys((one.task, one.length) for one in result.needles):
         chosen = [one for one in result.needles if (one.task, one.length) == (task, length)]

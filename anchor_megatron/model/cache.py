@@ -88,7 +88,7 @@ class KeyValueCache:
         return _rows_first(out, tokens), _rows_first(lse[..., None], tokens)
 
     def _hidden(self, rows: slice, new: int) -> Tensor:
-        """Which branch rows the new `rows` do not see: those of other branches and later ones, bool [T, M]."""
+        """Which branch rows the new `rows` do not see: other branches' and later ones, bool [T, M]."""
         branch = self._branch_M
         own = branch.numel() - new + torch.arange(rows.start, rows.stop, device=branch.device)
         later = torch.arange(branch.numel(), device=branch.device)[None, :] > own[:, None]

@@ -33,7 +33,8 @@ class PlannedSeqParams(PackedSeqParams):
     qkv_format: str = "sbhd"
     plan: PlanTensors | None = None
     cache: KeyValueCache | None = None
-    """Where evaluation keeps keys and values: filled where there is a plan, attended to where there is none."""
+    """Where evaluation keeps keys and values: filled where there is a plan, attended to where there is none.
+    """
 
 
 class PlannedCoreAttention(MegatronModule):

@@ -85,8 +85,8 @@ class AnchorGPT(GPTModel):
         return self.shared_embedding_or_output_weight() if tied else self.output_layer.weight
 
     def hidden_states(self, tokens: Tensor, positions: Tensor, packed_seq_params: PlannedSeqParams) -> Tensor:
-        """What the output layer takes, [T, D], for tokens and positions [1, T]: evaluation picks the rows whose
-        logits it needs. One pipeline stage, no sequence parallelism.
+        """What the output layer takes, [T, D], for tokens and positions [1, T]: evaluation picks the rows
+        whose logits it needs. One pipeline stage, no sequence parallelism.
         """
         assert self.pre_process and self.post_process and not self.config.sequence_parallel, (
             "evaluation runs on one pipeline stage without sequence parallelism"

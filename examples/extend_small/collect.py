@@ -1,9 +1,9 @@
 """Long documents from folders of sources and manuals, and short exercises in looking things up.
 
-    python examples/extend_small/collect.py packages/* --output build/extend_small --held-out packages/docutils
+    python examples/extend_small/collect.py packages/* --held-out packages/git-doc --output build/extend_small
 
-Every folder is one body of text (an unpacked package): its files, in path order, are joined into documents of
-2,000 to 400,000 characters, lengths drawn evenly on a logarithmic scale. The exercises are samples of the
+Every folder is one body of text (an unpacked package): its files, in path order, are joined into documents
+of 2,000 to 400,000 characters, lengths drawn evenly on a logarithmic scale. The exercises are samples of the
 evaluation's own tasks of at most 4,500 characters, with their answers: a small model would else not learn to
 answer at all. Writes train.jsonl, and a file a document of the held-out folders in held_out/.
 """

@@ -1,12 +1,13 @@
-"""Does anchor attention help a small model reach a longer context? Trained, extended and judged within minutes.
+"""Does anchor attention help a small model reach a longer context? Trained, extended, judged within minutes.
 
     CUDA_VISIBLE_DEVICES=0 python examples/extend_small/experiment.py --data build/extend_small --seed 1 \
         --output seed1.json
 
-One process, one GPU, one seed: a model is trained from scratch at the short length; from its weights each mode
-extends it to the long one, with as many tokens, the same documents and the paper's rotary base for up to 64K
-tokens; every model is judged (needles, loss by position, loss on short documents). The numbers of steps come from
-measured speeds and the seconds allowed, so that a run's length is known in advance. JSON is written as it goes.
+One process, one GPU, one seed: a model is trained from scratch at the short length; from its weights each
+mode extends it to the long one, with as many tokens, the same documents and the paper's rotary base for up to
+64K tokens; every model is judged (needles, loss by position, loss on short documents). The numbers of steps
+come from measured speeds and the seconds allowed, so that a run's length is known in advance. JSON is written
+as it goes.
 `collect.py` and `tools/preprocess_data.py` make the data: train.bin, .idx and .json, and a folder held_out/.
 """
 
@@ -193,8 +194,8 @@ class Judge:
         """Needles at every length, loss by position and on short documents."""
         reader, started = Reader(trainee.gpt), _now()
         needles = judge_needles(
-            reader, self.haystack, tasks=TASKS, lengths=lengths or self.given.lengths, samples=self.given.samples,
-            depths=5, anchor=self.anchor, seed=7, decode=None,
+            reader, self.haystack, tasks=TASKS, lengths=lengths or self.given.lengths,
+            samples=self.given.samples, depths=5, anchor=self.anchor, seed=7, decode=None,
         )  # fmt: skip
         losses = loss_by_position(
             reader, self.long, length=self.longest, window=self.given.window, anchor=self.anchor

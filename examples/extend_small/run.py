@@ -2,10 +2,10 @@
 
     python examples/extend_small/run.py
 
-A Hugging Face model goes in (a tiny one with random weights, made here), is converted with a larger rotary base,
-trained with anchor attention on long documents, judged before and after, and comes out as a Hugging Face model.
-At the end transformers scores the exported model on the same questions: same choices, same logits. What a real
-model takes is in examples/extend_128k; everything here lands in build/extend_small/toy.
+A Hugging Face model goes in (a tiny one with random weights, made here), is converted with a larger rotary
+base, trained with anchor attention on long documents, judged before and after, and comes out as a Hugging
+Face model. At the end transformers scores the exported model on the same question: same choices, same logits.
+What a real model takes is in examples/extend_128k; everything here lands in build/extend_small/toy.
 """
 
 from __future__ import annotations
