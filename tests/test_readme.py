@@ -20,7 +20,7 @@ from anchor_megatron.layout.placement import PLACEMENTS
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
-DOCUMENTS = ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", "docs/architecture.md"]
+DOCUMENTS = ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", "docs/architecture.md", "docs/evaluation.md"]
 
 
 def blocks(language: str) -> list[str]:
@@ -55,6 +55,8 @@ KINDS = [
     ["python", "tools/profile_cp.py"],
     ["python", "pretrain_anchor.py", "--help"],
     ["torchrun"],
+    ["python", "examples/extend_small/run.py"],
+    ["python", "tools/estimate.py"],
     ["python", "-m", "pip", "install"],
 ]
 
@@ -81,6 +83,12 @@ def test_installation_names_files_and_extras_that_exist() -> None:
         assert (ROOT / option(words, "-c")).is_file()
         for named in re.findall(r"\[(.*?)\]", " ".join(words)):
             assert set(named.split(",")) <= extras
+
+
+def test_estimating_prints_memory_and_time() -> None:
+    (words,) = commands("python", "tools/estimate.py")
+    printed = run([sys.executable, *words[1:]], ROOT)
+    assert "peak" in printed and "hours" in printed
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,7 @@
     multi_query four keys, asked for together
     tracking    VAR QXA = 51823 ... VAR PLM = VAR QXA ...                        which names hold 51823?
     common      a list of words, three of them often, the rest seldom           which are the most common?
-    frequent    coded text, words drawn by a power law                           which three are most frequent?
+    common      a list of words, three often and the rest seldom                   which are the most common?
     distractors facts about several people, some of one family                   what is Ada Marlowe's locker?
 
 The tasks are RULER's; texts and code are our own, so figures are comparable among models judged here, not
