@@ -1,4 +1,4 @@
-"""Attention under watch: figures against the dense definition, on any parallel layout, and at no other step."""
+"""Attention under watch: figures against the dense definition, in parallel too, and at no other step."""
 
 from __future__ import annotations
 

@@ -20,7 +20,9 @@ from anchor_megatron.layout.placement import PLACEMENTS
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
-DOCUMENTS = ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", "docs/architecture.md", "docs/evaluation.md"]
+DOCUMENTS = ["README.md", "CONTRIBUTING.md", "CHANGELOG.md"] + [
+    f"docs/{name}.md" for name in ("architecture", "evaluation", "precision")
+]
 
 
 def blocks(language: str) -> list[str]:

@@ -72,7 +72,7 @@ def _run(given: argparse.Namespace) -> None:
     results = _measured(given) if given.results is None else _read(given.results)
     found = findings(results)
     results["findings"] = [dataclasses.asdict(one) for one in found]
-    (given.out / "precision.json").write_text(json.dumps(results, indent=1) + "\n")
+    (given.out / "precision.json").write_text(_one_row_a_line(results))
     write_report(results, found, given.out)
     print(summary_table(results))
     for one in found:
@@ -90,12 +90,30 @@ def _measured(given: argparse.Namespace) -> dict[str, Any]:
         settings = dataclasses.replace(settings, kernel_lengths=(512, 2048, given.length))
     subjects = _subjects(given, device)
     results = measure(subjects, settings, device=device, say=lambda text: print(text, flush=True))
-    return results | dict(
+    return _rounded(results) | dict(
         command=shlex.join(["python", "tools/rope_precision.py", *sys.argv[1:]]),
         device=torch.cuda.get_device_name() if device.type == "cuda" else "CPU",
         torch=torch.__version__,
         seconds=round(time.perf_counter() - started, 1),
     )
+
+
+def _rounded(value: Any) -> Any:
+    """Numbers to four digits, in dictionaries and lists too."""
+    if isinstance(value, dict):
+        return {key: _rounded(one) for key, one in value.items()}
+    if isinstance(value, list):
+        return [_rounded(one) for one in value]
+    return float(f"{value:.4g}") if isinstance(value, float) else value
+
+
+def _one_row_a_line(results: dict[str, Any]) -> str:
+    parts = []
+    for key, value in results.items():
+        rows = isinstance(value, list) and value and isinstance(value[0], dict)
+        text = "[\n " + ",\n ".join(map(json.dumps, value)) + "\n]" if rows else json.dumps(value)
+        parts.append(f"{json.dumps(key)}: {text}")
+    return "{\n" + ",\n".join(parts) + "\n}\n"
 
 
 def _read(path: Path) -> dict[str, Any]:

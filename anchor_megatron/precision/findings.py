@@ -49,13 +49,6 @@ def findings(results: dict[str, Any]) -> list[Finding]:
     return [finding for make in made for finding in make(results)]
 
 
-_MODE_WORDS = {
-    "document_reset": "by, with positions that restart,",
-    "document": "with running positions",
-    "anchor": "with an anchor",
-}
-
-
 def _percent(share: float) -> str:
     """Two digits, as a percentage."""
     return f"{100 * float(f'{share:.2g}'):.6g} %"
@@ -119,7 +112,7 @@ def _first_token(results: dict[str, Any]) -> Iterator[Finding]:
             "first",
             f"For {source_title(results, source)}, the first token carries {_percent(share)} of D at a "
             "shift of "
-            f"10,000 (transformers in BF16), {rank} (others looked at by octaves). It receives "
+            f"10,000 (transformers in BF16), {rank} (those behind the second taken by octaves). It receives "
             f"{_percent(attention)} of the attention; an even share of {row['length']:,} keys would be "
             f"{_percent(even)}.",
             "The first token carries most of the deviation.",
@@ -193,14 +186,17 @@ def _modes(results: dict[str, Any]) -> Iterator[Finding]:
         rows = pick(every, vectors=source)
         error = {(row["mode"], row["rope"]): row["error"] for row in rows}
         ratio = error["anchor", "ours"] / error["document", "ours"]
-        listed = ", ".join(
-            f"{words} {number(error[mode, 'ours'])} ({number(error[mode, 'transformers'])})"
-            for mode, words in _MODE_WORDS.items()
+        ours, theirs = (
+            [number(error[mode, rope]) for mode in ("document_reset", "document", "anchor")]
+            for rope in ("ours", "transformers")
         )
         yield Finding(
             "modes",
             f"A document deep in its window ({source_title(results, source)}) departs from FP64 at the same "
-            f"positions, with our embedding (in brackets: transformers), {listed}. The anchor's is "
+            f"positions by {ours[0]} where positions restart, {ours[1]} where they run on and {ours[2]} "
+            "with an "
+            f"anchor (with the embedding of transformers {', '.join(theirs)}). The anchor's, in our "
+            "embedding, is "
             f"{_times(ratio, 'that of running positions')}.",
             "An anchor at a fixed position reduces the deviation.",
             _verdict(ratio < 1 / _SAME),
