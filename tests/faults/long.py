@@ -101,10 +101,13 @@ def draw(dice: random.Random, seconds: float) -> tuple:
     return point, dice.randint(1, calls.get(point, 4)), dice.random() < 0.5
 
 
-def make_data(rank: int, world_size: int, folder: Path, seconds: float | None) -> None:
+def make_data(rank: int, world_size: int, folder: Path, seconds: float | None) -> float:
+    """Preprocesses, and dies after so many seconds; returns how many it took."""
+    began = time.monotonic()
     fate = contextlib.nullcontext() if seconds is None else scenes.dying_after(seconds)
     with scenes.quiet(), fate:
         scenes.make_data(folder)
+    return time.monotonic() - began
 
 
 def preprocessing(number: int, data: Path, folder: Path, dice: random.Random) -> tuple[int, int]:
@@ -113,11 +116,13 @@ def preprocessing(number: int, data: Path, folder: Path, dice: random.Random) ->
     Returns the kills that came in time and the data sets that differ.
     """
     killed = damaged = 0
+    (folder / "timed").mkdir()
+    seconds = run_ranks(1, make_data, folder / "timed", None)[0]
     for case in range(number):
         place = folder / f"data{case}"
         place.mkdir()
         try:
-            run_ranks(1, make_data, place, dice.uniform(0.01, 0.15))
+            run_ranks(1, make_data, place, dice.uniform(0.0, seconds))
         except RankError:
             killed += 1
         if _refusal(lambda place=place: Documents(place / "set")) is None:
