@@ -74,6 +74,7 @@ def test_every_mode_passes(run_file: Path, mode: str) -> None:
         ["parallel.context=2", "attention.placement=zigzag"],
         ["parallel.tensor=2", "parallel.sequence=true"],
         ["parallel.pipeline=2"],
+        ["model.num_experts=2", "parallel.expert=2"],
     ],
 )
 def test_every_layout_passes(run_file: Path, parallel: list[str]) -> None:

@@ -12,9 +12,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+from torch import Tensor
 
 from anchor_megatron.attention.choose import choose_kernel
-from anchor_megatron.attention.kernels import Segments
+from anchor_megatron.attention.kernels import Kernel, Segments
 from anchor_megatron.precision.attention import Vectors, spread_rows, weights_of
 from anchor_megatron.precision.experiments import Row
 from anchor_megatron.precision.rope import EXACT, Rope
@@ -44,8 +45,6 @@ def kernel_test(
     found = []
     for length in lengths:
         q_TNH, k_TGH, v_TGH = vectors.q_TNH[:length], vectors.k_TGH[:length], values[:length]
-        borders = torch.tensor([0, length], dtype=torch.int32, device=device)
-        segments = Segments(borders, borders, length, length)
         places = torch.arange(length, device=device)
         part = Vectors(vectors.name, q_TNH, k_TGH, vectors.frequencies, vectors.scale)
         weights_NRT = weights_of(part, EXACT, places + reference, places[-rows:])
@@ -53,13 +52,7 @@ def kernel_test(
         v_NTH = v_TGH.double().transpose(0, 1).repeat_interleave(repeats, dim=0)
         exact_RNH = (weights_NRT @ v_NTH).transpose(0, 1)
         for rope in ropes:
-            outputs = []
-            for d in (reference, shift):
-                q, k = (rope(x, places + d, vectors.frequencies).contiguous() for x in (q_TNH, k_TGH))
-                out = torch.empty_like(q)
-                kernel.forward(q, k, v_TGH.contiguous(), segments, scale=vectors.scale, out_TNH=out)
-                outputs.append(out.double())
-            here, there = outputs
+            here, there = (_attend(kernel, part, v_TGH, rope, places + d) for d in (reference, shift))
             found.append(
                 dict(
                     vectors=vectors.name,
@@ -73,6 +66,19 @@ def kernel_test(
                 )
             )
     return found
+
+
+def _attend(kernel: Kernel, vectors: Vectors, v_TGH: Tensor, rope: Rope, positions_T: Tensor) -> Tensor:
+    """The kernel's causal output fp64 [T, N, H]."""
+    q_TNH, k_TGH = (
+        rope(x, positions_T, vectors.frequencies).contiguous() for x in (vectors.q_TNH, vectors.k_TGH)
+    )
+    length = positions_T.numel()
+    borders = torch.tensor([0, length], dtype=torch.int32, device=positions_T.device)
+    out_TNH = torch.empty_like(q_TNH)
+    segments = Segments(borders, borders, length, length)
+    kernel.forward(q_TNH, k_TGH, v_TGH.contiguous(), segments, scale=vectors.scale, out_TNH=out_TNH)
+    return out_TNH.double()
 
 
 def rope_test(

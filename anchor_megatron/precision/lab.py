@@ -79,19 +79,36 @@ def measure(
     say: Callable[[str], None] = lambda text: None,
 ) -> dict[str, Any]:
     """Everything, on `device`; see the file's opening."""
-    exponents = np.arange(0, HEAD_DIM, 2, dtype=np.float64) / HEAD_DIM
-    frequencies = torch.from_numpy(ROTARY_BASE**-exponents)
-    span = max(settings.lengths)
-    far, near = (
-        random_vectors(length, frequencies, heads=heads, groups=heads, seed=settings.seed, device=device)
-        for length, heads in ((span, _FAR_HEADS), (settings.length, _NEAR_HEADS))
-    )
     ropes = (*published_ropes(), *te_kernel_ropes())
     results: dict[str, Any] = dict(
         settings=asdict(settings),
         head_dim=HEAD_DIM,
         rotary_base=ROTARY_BASE,
         ropes={rope.name: rope.title for rope in ropes},
+    )
+    _measure_vectors(results, ropes, settings, device, say)
+    results["layers"], results["models"] = [], {}
+    for subject in subjects:
+        say(f"{subject.title}")
+        results["models"][subject.name] = subject.title
+        _measure_model(results, subject, ropes, settings)
+    return results
+
+
+def _measure_vectors(
+    results: dict[str, Any],
+    ropes: Sequence[Rope],
+    settings: Settings,
+    device: torch.device,
+    say: Callable[[str], None],
+) -> None:
+    """Fills the tables with what random vectors, with and without a sink, show."""
+    exponents = np.arange(0, HEAD_DIM, 2, dtype=np.float64) / HEAD_DIM
+    frequencies = torch.from_numpy(ROTARY_BASE**-exponents)
+    span = max(settings.lengths)
+    far, near = (
+        random_vectors(length, frequencies, heads=heads, groups=heads, seed=settings.seed, device=device)
+        for length, heads in ((span, _FAR_HEADS), (settings.length, _NEAR_HEADS))
     )
     say("turned vectors by implementation")
     results["rope"] = rope_test(near, ropes, positions=settings.positions)
@@ -113,12 +130,6 @@ def measure(
     halves = [rope for rope in ropes if rope.dtype == torch.bfloat16 and rope.name != "megatron"]
     options = dict(reference=settings.reference, shift=100_000, lengths=settings.kernel_lengths)
     results["kernel"] = [row for one in far_both for row in kernel_test(one, halves, **options)]
-    results["layers"], results["models"] = [], {}
-    for subject in subjects:
-        say(f"{subject.title}")
-        results["models"][subject.name] = subject.title
-        _measure_model(results, subject, ropes, settings)
-    return results
 
 
 def _measure_model(

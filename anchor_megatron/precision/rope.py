@@ -1,13 +1,12 @@
 """Rotary embedding as different programs compute it, behind one signature.
 
-A pair (x1, x2) at position p turns by the angle a = p * frequency. What differs between programs is how `a`
-is made and where results are rounded; pair of frequency 1 at position 1,048,575, x = (1, 0), exact cosine
--0.60319:
+A pair (x1, x2) at position p turns by the angle a = p * frequency. What differs between programs is how `a` is
+made and where results are rounded. The cosine of Llama 3's second pair (frequency 0.8146) at position 1,048,575:
 
-    FP64 product, reduced mod 2 pi, FP32 cosine          -0.60319
-    FP32 product of position and frequency               exact for frequency 1, others off by up to 0.06 rad
-    cosine rounded to BF16                               -0.60156
-    position itself rounded to BF16 (1,048,576)           0.23, another angle altogether
+    FP64 product, reduced mod 2 pi                 0.70395
+    the same, cosine rounded to BF16               0.70313
+    FP32 product of position and frequency         0.71522
+    BF16 product of both                           0.40981
 
 Legend: T tokens, N heads, H head dim.
 """
