@@ -248,7 +248,7 @@ def truncate_last_file(step: Path) -> None:
 
 BAD_CHECKPOINTS: dict[str, tuple[Callable[[Path], Any], str]] = {
     "no folder": (lambda step: shutil.rmtree(step.parent), "expected a checkpoint's folder"),
-    "an unfinished one": (lambda step: (step / "metadata.json").unlink(), "expected a complete checkpoint"),
+    "an unfinished one": (lambda step: (step / "metadata.json").unlink(), "a folder of them, got neither"),
     "no metadata": (lambda step: (step / ".metadata").unlink(), "expected a Megatron-Core checkpoint"),
     "damaged metadata": (lambda step: (step / ".metadata").write_bytes(b"nonsense"), ".metadata: expected"),
     "a missing file": (lambda step: (step / "__0_0.distcp").unlink(), "__0_0.distcp: got no such file"),

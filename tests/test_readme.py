@@ -21,7 +21,7 @@ from anchor_megatron.layout.placement import PLACEMENTS
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
 DOCUMENTS = ["README.md", "CONTRIBUTING.md", "CHANGELOG.md"] + [
-    f"docs/{name}.md" for name in ("architecture", "evaluation", "precision")
+    f"docs/{path.name}" for path in sorted((ROOT / "docs").glob("*.md"))
 ]
 
 
@@ -59,6 +59,7 @@ KINDS = [
     ["torchrun"],
     ["python", "examples/extend_small/run.py"],
     ["python", "tools/estimate.py"],
+    ["sbatch"],
     ["python", "-m", "pip", "install"],
 ]
 
@@ -160,6 +161,11 @@ def test_more_ranks_are_simulated(tmp_path: Path) -> None:
     for words in commands("python", "tools/profile_cp.py"):
         few = ["--cp", "2", "--windows", "1", "--output", str(tmp_path / "few")]
         assert "| ours: document, sparse" in run([sys.executable, *words[1:], *few], ROOT)
+
+
+def test_the_slurm_script_parses() -> None:
+    for words in commands("sbatch"):
+        run(["bash", "-n", words[1]], ROOT)
 
 
 def test_help_explains_every_field() -> None:
