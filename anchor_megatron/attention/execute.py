@@ -20,11 +20,12 @@ import torch.distributed as dist
 from torch import Tensor
 
 from anchor_megatron.attention.exchange import start_exchange, start_exchange_adjoint
-from anchor_megatron.attention.kernels import Kernel, Segments
+from anchor_megatron.attention.kernels import Kernel
 from anchor_megatron.attention.plan_tensors import PlanTensors
+from anchor_megatron.attention.ring import ring_attention
 from anchor_megatron.attention.rows import add_home, gather_keys, sum_received
 
-__all__ = ["local_segments", "planned_attention", "waiting_segments"]
+__all__ = ["planned_attention"]
 
 
 def planned_attention(
@@ -40,20 +41,12 @@ def planned_attention(
     """Attention of this rank's rows, [T, N, H] in q's dtype. `group` holds the context-parallel ranks, in
     rank order.
 
-    All ranks of `group` must call it together, each with its own plan of the same placement.
+    All ranks of `group` must call it together, each with its own plan of the same placement. A plan with rounds
+    is executed as `ring.py` says.
     """
+    if plan.rounds:
+        return ring_attention(q_TNH, k_TGH, v_TGH, plan=plan, kernel=kernel, scale=scale, group=group)
     return _PlannedAttention.apply(q_TNH, k_TGH, v_TGH, plan, kernel, scale, group)
-
-
-def local_segments(plan: PlanTensors) -> Segments:
-    """The local pieces: their keys are their own rows."""
-    ends, longest = plan.cu_seqlens_local, plan.max_seqlen_local
-    return Segments(ends, ends, longest, longest)
-
-
-def waiting_segments(plan: PlanTensors) -> Segments:
-    """The waiting pieces: their keys are gathered."""
-    return Segments(plan.cu_seqlens_q, plan.cu_seqlens_k, plan.max_seqlen_q, plan.max_seqlen_k)
 
 
 class _PlannedAttention(torch.autograd.Function):
@@ -73,14 +66,12 @@ class _PlannedAttention(torch.autograd.Function):
         lse_local = lse_waiting = None
         flight = start_exchange(k, v, plan, group)
         if n:
-            lse_local = kernel.forward(
-                q[:n], k[:n], v[:n], local_segments(plan), scale=scale, out_TNH=out[:n]
-            )
+            lse_local = kernel.forward(q[:n], k[:n], v[:n], plan.local_segments, scale=scale, out_TNH=out[:n])
         received = flight.finish()
         if n < q.shape[0]:
             keys, values = gather_keys(k, v, received, plan)
             lse_waiting = kernel.forward(
-                q[n:], keys, values, waiting_segments(plan), scale=scale, out_TNH=out[n:]
+                q[n:], keys, values, plan.waiting_segments, scale=scale, out_TNH=out[n:]
             )
         ctx.save_for_backward(q, k, v, out, lse_local, lse_waiting, received)
         ctx.plan, ctx.kernel, ctx.scale, ctx.group = plan, kernel, scale, group
@@ -97,11 +88,11 @@ class _PlannedAttention(torch.autograd.Function):
         if n < q.shape[0]:
             keys, values = gather_keys(k, v, received, plan)
             tensors = (dout[n:], q[n:], keys, values, out[n:], lse_waiting)
-            kernel.backward(*tensors, waiting_segments(plan), scale=scale, into=(dq[n:], dkeys, dvalues))
+            kernel.backward(*tensors, plan.waiting_segments, scale=scale, into=(dq[n:], dkeys, dvalues))
         flight = start_exchange_adjoint(sum_received(dkeys, dvalues, plan), plan, ctx.group)
         if n:
             tensors = (dout[:n], q[:n], k[:n], v[:n], out[:n], lse_local)
-            kernel.backward(*tensors, local_segments(plan), scale=scale, into=(dq[:n], dk[:n], dv[:n]))
+            kernel.backward(*tensors, plan.local_segments, scale=scale, into=(dq[:n], dk[:n], dv[:n]))
         arrived = flight.finish()
         if plan.key_index.numel() or plan.send_index.numel():
             add_home(dk, dv, dkeys, dvalues, arrived, plan)

@@ -55,9 +55,10 @@ class Kernel(Protocol):
         *,
         scale: float,
         out_TNH: Tensor,
+        causal: bool = True,
     ) -> Tensor:
         """Writes the output into `out_TNH` (dtype of q); returns the log-sum-exp [N, T] (fp32, or fp64 for
-        fp64 inputs).
+        fp64 inputs). causal=False: every query sees all keys of its document.
         """
         ...
 
@@ -73,6 +74,7 @@ class Kernel(Protocol):
         *,
         scale: float,
         into: tuple[Tensor, Tensor, Tensor],
+        causal: bool = True,
     ) -> None:
         """Writes dq [T, N, H], dk [K, G, H] and dv [K, G, H] (the inputs' dtype) into the tensors `into`."""
         ...

@@ -29,15 +29,16 @@ class TorchCpuKernel:
         *,
         scale: float,
         out_TNH: Tensor,
+        causal: bool = True,
     ) -> Tensor:
         """See `Kernel.forward`."""
         lse_dtype = torch.promote_types(q_TNH.dtype, torch.float32)
         lse_NT = torch.empty(q_TNH.shape[1], q_TNH.shape[0], dtype=lse_dtype)
         for rows, keys in _documents(segments):
             query, key, value = _heads_first(q_TNH[rows], k_KGH[keys], v_KGH[keys])
-            causal, mask = _mask(query, key)
+            aligned, mask = _mask(query, key, causal)
             out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-                query, key, value, 0.0, causal, attn_mask=mask, scale=scale
+                query, key, value, 0.0, aligned, attn_mask=mask, scale=scale
             )
             out_TNH[rows] = out[0].transpose(0, 1)
             lse_NT[:, rows] = lse[0]
@@ -55,14 +56,15 @@ class TorchCpuKernel:
         *,
         scale: float,
         into: tuple[Tensor, Tensor, Tensor],
+        causal: bool = True,
     ) -> None:
         """See `Kernel.backward`."""
         for rows, keys in _documents(segments):
             query, key, value = _heads_first(q_TNH[rows], k_KGH[keys], v_KGH[keys])
-            causal, mask = _mask(query, key)
+            aligned, mask = _mask(query, key, causal)
             dout, out = _heads_first(dout_TNH[rows], out_TNH[rows])
             found = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-                dout, query, key, value, out, lse_NT[None, :, rows], 0.0, causal, attn_mask=mask, scale=scale
+                dout, query, key, value, out, lse_NT[None, :, rows], 0.0, aligned, attn_mask=mask, scale=scale
             )
             for grad, where, one in zip(into, (rows, keys, keys), found, strict=True):
                 grad[where] = one[0].transpose(0, 1)
@@ -81,8 +83,10 @@ def _heads_first(*packed: Tensor) -> list[Tensor]:
     return [x.transpose(0, 1)[None] for x in packed]
 
 
-def _mask(query: Tensor, key: Tensor) -> tuple[bool, Tensor | None]:
+def _mask(query: Tensor, key: Tensor, causal: bool) -> tuple[bool, Tensor | None]:
     """torch's causal flag aligns top left: right for squares only, an additive mask for the rest."""
+    if not causal:
+        return False, None
     rows, keys = query.shape[2], key.shape[2]
     if rows == keys:
         return True, None

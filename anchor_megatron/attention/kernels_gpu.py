@@ -16,6 +16,7 @@ from anchor_megatron.attention.kernels import Segments
 
 __all__ = ["GPU_KERNELS", "FlashAttention4", "TorchVarlen", "TransformerEngineKernel"]
 
+_MASKS = {True: "padding_causal_bottom_right", False: "padding"}  # TransformerEngine's names
 _HALF = (torch.bfloat16, torch.float16)
 
 
@@ -59,10 +60,11 @@ class FlashAttention4:
         *,
         scale: float,
         out_TNH: Tensor,
+        causal: bool = True,
     ) -> Tensor:
         """See `Kernel.forward`."""
         lse_NT = self._forward(
-            q_TNH, k_KGH, v_KGH, **_borders(segments), softmax_scale=scale, causal=True, return_lse=True,
+            q_TNH, k_KGH, v_KGH, **_borders(segments), softmax_scale=scale, causal=causal, return_lse=True,
             out=out_TNH,
         )[1]  # fmt: skip
         return lse_NT
@@ -79,11 +81,12 @@ class FlashAttention4:
         *,
         scale: float,
         into: tuple[Tensor, Tensor, Tensor],
+        causal: bool = True,
     ) -> None:
         """See `Kernel.backward`."""
         dq, dk, dv = into
         self._backward(
-            q_TNH, k_KGH, v_KGH, out_TNH, dout_TNH, lse_NT, softmax_scale=scale, causal=True,
+            q_TNH, k_KGH, v_KGH, out_TNH, dout_TNH, lse_NT, softmax_scale=scale, causal=causal,
             **_borders(segments), dq=dq, dk=dk, dv=dv,
         )  # fmt: skip
 
@@ -107,10 +110,11 @@ class TorchVarlen:
         *,
         scale: float,
         out_TNH: Tensor,
+        causal: bool = True,
     ) -> Tensor:
         """See `Kernel.forward`."""
         found = torch.ops.aten._flash_attention_forward(
-            q_TNH, k_KGH, v_KGH, *_positional(segments), 0.0, True, False, scale=scale
+            q_TNH, k_KGH, v_KGH, *_positional(segments), 0.0, causal, False, scale=scale
         )
         out_TNH.copy_(found[0])
         return found[1]
@@ -127,11 +131,12 @@ class TorchVarlen:
         *,
         scale: float,
         into: tuple[Tensor, Tensor, Tensor],
+        causal: bool = True,
     ) -> None:
         """See `Kernel.backward`."""
         no_dropout = torch.zeros(2, dtype=torch.uint64, device=q_TNH.device)
         found = torch.ops.aten._flash_attention_backward(
-            dout_TNH, q_TNH, k_KGH, v_KGH, out_TNH, lse_NT, *_positional(segments), 0.0, True,
+            dout_TNH, q_TNH, k_KGH, v_KGH, out_TNH, lse_NT, *_positional(segments), 0.0, causal,
             no_dropout, no_dropout, scale=scale,
         )  # fmt: skip
         for grad, one in zip(into, found, strict=True):
@@ -152,7 +157,6 @@ class TransformerEngineKernel:
         self._common: dict[str, Any] = dict(
             fused_attention_backend=fused_attn.FusedAttnBackend["F16_arbitrary_seqlen"],
             qkv_layout="thd_thd_thd",
-            attn_mask_type="padding_causal_bottom_right",
         )
         self._dtypes = {torch.bfloat16: extension.DType.kBFloat16, torch.float16: extension.DType.kFloat16}
 
@@ -175,12 +179,13 @@ class TransformerEngineKernel:
         *,
         scale: float,
         out_TNH: Tensor,
+        causal: bool = True,
     ) -> Tensor:
         """See `Kernel.forward`."""
         out, (stats_TN1, *_) = self._fused.fused_attn_fwd(
             True, segments.max_seqlen_q, segments.max_seqlen_k, segments.cu_seqlens_q, segments.cu_seqlens_k,
             *_contiguous(q_TNH, k_KGH, v_KGH), q_TNH.dtype, attn_scale=scale, **_padded(segments),
-            **self._common,
+            attn_mask_type=_MASKS[causal], **self._common,
         )[:2]  # fmt: skip
         out_TNH.copy_(out)
         return stats_TN1.squeeze(-1).transpose(0, 1)
@@ -197,6 +202,7 @@ class TransformerEngineKernel:
         *,
         scale: float,
         into: tuple[Tensor, Tensor, Tensor],
+        causal: bool = True,
     ) -> None:
         """See `Kernel.backward`."""
         no_dropout = torch.zeros(2, dtype=torch.int64, device=q_TNH.device)
@@ -204,7 +210,8 @@ class TransformerEngineKernel:
         found = self._fused.fused_attn_bwd(
             segments.max_seqlen_q, segments.max_seqlen_k, segments.cu_seqlens_q, segments.cu_seqlens_k,
             *_contiguous(q_TNH, k_KGH, v_KGH, out_TNH, dout_TNH), q_TNH.dtype, self._dtypes[q_TNH.dtype],
-            [stats_TN1, no_dropout], attn_scale=scale, **_padded(segments), **self._common,
+            [stats_TN1, no_dropout], attn_scale=scale, **_padded(segments),
+            attn_mask_type=_MASKS[causal], **self._common,
         )  # fmt: skip
         for grad, one in zip(into, found[:3], strict=True):
             grad.copy_(one)

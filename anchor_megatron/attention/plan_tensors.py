@@ -7,13 +7,16 @@ again. Sizes travel beside it as Python integers, so nothing ever has to be read
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from anchor_megatron.attention.kernels import Segments
 from anchor_megatron.layout.plan import Plan
+from anchor_megatron.layout.rounds import Round
 
 __all__ = ["PackedArrays", "PlanTensors", "plan_arrays", "plan_tensors"]
 
@@ -66,6 +69,18 @@ class PlanTensors:
     max_seqlen_local: int
     max_seqlen_q: int
     max_seqlen_k: int
+    rounds: tuple[RoundTensors, ...] = ()
+
+    @property
+    def local_segments(self) -> Segments:
+        """The local pieces: their keys are their own rows."""
+        ends, longest = self.cu_seqlens_local, self.max_seqlen_local
+        return Segments(ends, ends, longest, longest)
+
+    @property
+    def waiting_segments(self) -> Segments:
+        """The waiting pieces: their keys are gathered."""
+        return Segments(self.cu_seqlens_q, self.cu_seqlens_k, self.max_seqlen_q, self.max_seqlen_k)
 
     @property
     def received_tokens(self) -> int:
@@ -73,11 +88,38 @@ class PlanTensors:
         return sum(self.recv_counts)
 
 
+@dataclass(frozen=True)
+class RoundTensors:
+    """`layout.rounds.Round` on the device. `queries` counts its waiting rows; where it has all of them, in
+    order, `query_index` is None.
+    """
+
+    plan: PlanTensors
+    queries: int
+    query_index: Tensor | None
+
+    def pick(self, rows: Tensor) -> Tensor:
+        """The round's rows [Q, ...] of all waiting ones [W, ...]."""
+        return rows if self.query_index is None else rows.index_select(0, self.query_index)
+
+    def put(self, rows: Tensor, values: Tensor) -> None:
+        """Writes the round's rows among all waiting ones."""
+        if self.query_index is None:
+            rows.copy_(values)
+        else:
+            rows.index_copy_(0, self.query_index.long(), values)
+
+    def add_to(self, rows: Tensor, values: Tensor) -> None:
+        """Adds to the round's rows among all waiting ones."""
+        self.put(rows, self.pick(rows) + values)
+
+
 _ARRAYS = ("cu_seqlens_local", "cu_seqlens_q", "cu_seqlens_k", "key_index", "send_index")
 
 
-def plan_arrays(plan: Plan) -> dict[str, np.ndarray]:
-    """The arrays of `plan` that the device needs, and where every row's gradients come from (see `rows.py`).
+def plan_arrays(plan: Plan, rounds: Sequence[Round] = ()) -> dict[str, np.ndarray]:
+    """The arrays of `plan` and its rounds that the device needs, and where every row's gradients come from (see
+    `rows.py`).
 
     Gradients of K gathered keys and of S sent rows lie one after another; row i, own or received, is the sum
     of those at gradient_sources[gradient_offsets[i] : gradient_offsets[i+1]].
@@ -87,11 +129,15 @@ def plan_arrays(plan: Plan) -> dict[str, np.ndarray]:
     sources = np.argsort(homes, kind="stable")
     offsets = np.concatenate([[0], np.cumsum(np.bincount(homes, minlength=rows))])
     arrays = {name: getattr(plan, name) for name in _ARRAYS}
-    return arrays | {"gradient_offsets": offsets, "gradient_sources": sources}
+    arrays |= {"gradient_offsets": offsets, "gradient_sources": sources}
+    for number, one in enumerate(rounds):
+        own = plan_arrays(one.plan) | {"query_index": one.query_index}
+        arrays |= {f"{name}/{number}": array for name, array in own.items()}
+    return arrays
 
 
-def plan_tensors(plan: Plan, arrays: dict[str, Tensor]) -> PlanTensors:
-    """The device form of `plan` from its numbers and the moved arrays (int32)."""
+def plan_tensors(plan: Plan, arrays: dict[str, Tensor], rounds: Sequence[Round] = ()) -> PlanTensors:
+    """The device form of `plan` and its rounds from their numbers and the moved arrays (int32)."""
     return PlanTensors(
         local_tokens=plan.local_tokens,
         send_counts=plan.send_counts,
@@ -106,4 +152,13 @@ def plan_tensors(plan: Plan, arrays: dict[str, Tensor]) -> PlanTensors:
         send_index=arrays["send_index"],
         gradient_offsets=arrays["gradient_offsets"],
         gradient_sources=arrays["gradient_sources"],
+        rounds=tuple(_round_tensors(plan, one, arrays, number) for number, one in enumerate(rounds)),
     )
+
+
+def _round_tensors(plan: Plan, one: Round, arrays: dict[str, Tensor], number: int) -> RoundTensors:
+    suffix = f"/{number}"
+    own = {name.removesuffix(suffix): array for name, array in arrays.items() if name.endswith(suffix)}
+    queries, waiting = one.query_index.size, plan.token_index.size - plan.local_tokens
+    index = None if queries == waiting else own["query_index"]
+    return RoundTensors(plan_tensors(one.plan, own), queries, index)

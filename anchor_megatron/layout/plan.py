@@ -18,7 +18,7 @@ import numpy as np
 
 from anchor_megatron.layout.placement import Placement, piece_areas
 
-__all__ = ["Plan", "check_plans", "make_plan", "make_plans"]
+__all__ = ["Plan", "borders", "check_plans", "make_plan", "make_plans", "ranges"]
 
 
 @dataclass(frozen=True)
@@ -71,19 +71,19 @@ def make_plan(placement: Placement, rank: int) -> Plan:
     at_hand = np.concatenate([own, received])
     row_of[at_hand] = np.cumsum(lengths[at_hand]) - lengths[at_hand]
     # a waiting piece's keys are its document's pieces up to itself
-    keys = _ranges(np.searchsorted(placement.document, placement.document[waiting]), waiting + 1)
+    keys = ranges(np.searchsorted(placement.document, placement.document[waiting]), waiting + 1)
     send_index, send_counts = _sends(placement, rank, row_of)
     recv_counts = np.bincount(
         placement.rank[received], weights=lengths[received], minlength=placement.context_parallel_size
     )
     q_lengths, k_lengths = lengths[waiting], placement.stop[waiting] - first[waiting]
     return Plan(
-        token_index=_ranges(placement.start[own], placement.stop[own]),
+        token_index=ranges(placement.start[own], placement.stop[own]),
         local_tokens=int(lengths[local].sum()),
-        cu_seqlens_local=_borders(lengths[local]),
-        cu_seqlens_q=_borders(q_lengths),
-        cu_seqlens_k=_borders(k_lengths),
-        key_index=_ranges(row_of[keys], row_of[keys] + lengths[keys]).astype(np.int32),
+        cu_seqlens_local=borders(lengths[local]),
+        cu_seqlens_q=borders(q_lengths),
+        cu_seqlens_k=borders(k_lengths),
+        key_index=ranges(row_of[keys], row_of[keys] + lengths[keys]).astype(np.int32),
         send_index=send_index,
         send_counts=send_counts,
         recv_counts=tuple(recv_counts.astype(int).tolist()),
@@ -119,18 +119,19 @@ def _sends(placement: Placement, rank: int, row_of: np.ndarray) -> tuple[np.ndar
     sent = mine[which]
     lengths = placement.stop[sent] - placement.start[sent]
     counts = np.bincount(destination, weights=lengths, minlength=ranks).astype(int)
-    rows = _ranges(row_of[sent], row_of[sent] + lengths)
+    rows = ranges(row_of[sent], row_of[sent] + lengths)
     return rows.astype(np.int32), tuple(counts.tolist())
 
 
-def _ranges(start: np.ndarray, stop: np.ndarray) -> np.ndarray:
+def ranges(start: np.ndarray, stop: np.ndarray) -> np.ndarray:
     """The integers of every [start, stop), one range after another."""
     lengths = stop - start
     offsets = np.cumsum(lengths) - lengths
     return np.repeat(start - offsets, lengths) + np.arange(int(lengths.sum()))
 
 
-def _borders(lengths: np.ndarray) -> np.ndarray:
+def borders(lengths: np.ndarray) -> np.ndarray:
+    """int32 [n+1] borders of n runs of these lengths, laid end to end."""
     return np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
 
 

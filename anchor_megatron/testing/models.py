@@ -11,6 +11,7 @@ from anchor_megatron.config import Config, ModelConfig, ParallelConfig, TrainCon
 from anchor_megatron.data.window import Window, WindowCounts
 from anchor_megatron.model.builder import rank_device
 from anchor_megatron.training.batch import Batch, plan_batch
+from anchor_megatron.training.loader import round_rows
 
 __all__ = ["ANCHOR", "batch_of", "random_window", "tiny_config"]
 
@@ -52,6 +53,7 @@ def batch_of(
         windows,
         mode=config.data.mode,
         placement=config.attention.placement,
+        round_rows=round_rows(config),
         context_parallel_size=config.parallel.context,
         context_parallel_rank=context_parallel_rank,
     )

@@ -12,7 +12,7 @@ Legend: B windows, S tokens a window, T rows of this rank = B * S / context_para
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 import numpy as np
 import torch
@@ -24,6 +24,7 @@ from anchor_megatron.layout.cost import CostModel
 from anchor_megatron.layout.modes import attention_cu_seqlens, positions
 from anchor_megatron.layout.placement import balance, place
 from anchor_megatron.layout.plan import Plan, make_plan
+from anchor_megatron.layout.rounds import Round, make_rounds
 
 __all__ = ["Batch", "BatchStats", "PlannedBatch", "plan_batch"]
 
@@ -59,10 +60,11 @@ class PlannedBatch:
     arrays: PackedArrays
     plan: Plan
     stats: BatchStats
+    rounds: tuple[Round, ...] = ()
 
     def pin_memory(self) -> PlannedBatch:
         """Page-locked, so that the copy to the device does not block; torch's DataLoader calls it."""
-        return PlannedBatch(self.arrays.pin_memory(), self.plan, self.stats)
+        return replace(self, arrays=self.arrays.pin_memory())
 
     def to(self, device: torch.device) -> Batch:
         """The batch on `device`, by one non-blocking copy."""
@@ -73,7 +75,7 @@ class PlannedBatch:
             positions=arrays["positions"].long()[None],
             loss_mask=arrays["loss_mask"].float()[None],
             anchors=arrays["anchors"].bool()[None],
-            plan=plan_tensors(self.plan, arrays),
+            plan=plan_tensors(self.plan, arrays, self.rounds),
         )
 
 
@@ -85,9 +87,10 @@ def plan_batch(
     context_parallel_size: int,
     context_parallel_rank: int,
     costs: CostModel = CostModel(),  # noqa: B008
+    round_rows: int | None = None,
 ) -> PlannedBatch:
-    """This context-parallel rank's share of a micro-batch of equally long `windows`; `costs` must be the same
-    on all of them.
+    """This context-parallel rank's share of a micro-batch of equally long `windows`; `costs` and `round_rows`
+    must be the same on all of them. round_rows: received rows of a round, where keys travel in rounds.
     """
     window_length = windows[0].tokens.size
     cu_seqlens = _joined_cu_seqlens(windows)
@@ -100,6 +103,8 @@ def plan_batch(
         costs=costs,
     )
     plan = make_plan(placed, context_parallel_rank)
+    in_rounds = round_rows is not None and context_parallel_size > 1
+    rounds = make_rounds(placed, context_parallel_rank, rows=round_rows or 0) if in_rounds else []
     whole = {
         "tokens": np.concatenate([window.tokens for window in windows]),
         "labels": np.concatenate([window.labels for window in windows]),
@@ -109,8 +114,10 @@ def plan_batch(
     }
     whole["anchors"][cu_seqlens[:-1]] = True
     rows = _rows_in_attention_order(mode, whole["positions"], window_length)[plan.token_index]
-    arrays = {name: array[rows] for name, array in whole.items()} | plan_arrays(plan)
-    return PlannedBatch(PackedArrays.pack(arrays), plan, _stats(windows, spans, balance(placed), plan))
+    arrays = {name: array[rows] for name, array in whole.items()} | plan_arrays(plan, rounds)
+    return PlannedBatch(
+        PackedArrays.pack(arrays), plan, _stats(windows, spans, balance(placed), plan), tuple(rounds)
+    )
 
 
 def _joined_cu_seqlens(windows: Sequence[Window]) -> np.ndarray:

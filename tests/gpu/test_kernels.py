@@ -10,7 +10,7 @@ import torch
 
 from anchor_megatron.attention import rows
 from anchor_megatron.attention.choose import choose_kernel
-from anchor_megatron.attention.execute import local_segments, planned_attention, waiting_segments
+from anchor_megatron.attention.execute import planned_attention
 from anchor_megatron.attention.kernels_gpu import GPU_KERNELS
 from anchor_megatron.attention.oracle import dense_attention
 from anchor_megatron.attention.plan_tensors import PackedArrays, plan_arrays, plan_tensors
@@ -118,10 +118,10 @@ def test_waiting_pieces_are_bitwise_the_whole_documents(kernel: str, ranks: int)
         out = torch.empty_like(q[mine])
         if n:
             chosen.forward(
-                q[mine][:n], k[mine][:n], v[mine][:n], local_segments(device), scale=SCALE, out_TNH=out[:n]
+                q[mine][:n], k[mine][:n], v[mine][:n], device.local_segments, scale=SCALE, out_TNH=out[:n]
             )
         if n < out.shape[0]:
-            chosen.forward(q[mine][n:], keys, values, waiting_segments(device), scale=SCALE, out_TNH=out[n:])
+            chosen.forward(q[mine][n:], keys, values, device.waiting_segments, scale=SCALE, out_TNH=out[n:])
         differing += int((out != expected[mine]).sum())
         assert error(out, expected[mine].double()) < 1e-2
     if kernel != "transformer_engine":  # cuDNN does not promise it
