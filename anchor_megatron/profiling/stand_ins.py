@@ -36,11 +36,12 @@ class NoAttention:
         *,
         scale: float,
         out_TNH: Tensor,
+        causal: bool = True,
     ) -> Tensor:
         """See `Kernel.forward`."""
         return torch.zeros(q_TNH.shape[1], q_TNH.shape[0], device=q_TNH.device)
 
-    def backward(self, *tensors: Any, scale: float, into: tuple[Tensor, Tensor, Tensor]) -> None:
+    def backward(self, *tensors: Any, **options: Any) -> None:
         """See `Kernel.backward`."""
 
 
