@@ -1,7 +1,8 @@
 """Rotary embedding as different programs compute it, behind one signature.
 
-A pair (x1, x2) at position p turns by the angle a = p * frequency. What differs between programs is how `a` is
-made and where results are rounded. The cosine of Llama 3's second pair (frequency 0.8146) at position 1,048,575:
+A pair (x1, x2) at position p turns by the angle a = p * frequency. What differs between programs is how `a`
+is made and where results are rounded. The cosine of Llama 3's second pair (frequency 0.8146) at position
+1,048,575:
 
     FP64 product, reduced mod 2 pi                 0.70395
     the same, cosine rounded to BF16               0.70313
