@@ -36,12 +36,13 @@ _COLOURS = {
 }  # fmt: skip
 _STYLE = """body{font:15px/1.5 sans-serif;max-width:62em;margin:2em auto;padding:0 1em} img{max-width:100%}
 pre{overflow-x:auto;font-size:12px} .no{color:#a00} .yes{color:#060}"""
-_INTRODUCTION = """D is the change of one query's attention weights, summed over keys without sign and averaged
-over queries and heads: 0 is no change, 2 is nothing in common. The paper is
-<a href="https://arxiv.org/abs/2411.13476">arXiv 2411.13476</a>. Two numbers within 10 % of each other are called
-the same. A claim of growth counts as supported from a factor of 1.5, one of another order of magnitude from 10, and
-one of the first token carrying most of D from a quarter: a single key can have no more than half, as a query's
-weights add up to 1. A model's figures are means over its layers."""
+_INTRODUCTION = """D is the change of one query's attention weights, summed over keys without sign and
+averaged over queries and heads: 0 is no change, 2 is nothing in common. The paper is <a
+href="https://arxiv.org/abs/2411.13476">arXiv 2411.13476</a>. Two numbers within 10 % of each other are called
+the same. A claim of growth counts as supported from a factor of 1.5, one of another order of magnitude from
+10, and one of the first token carrying most of D from a quarter: a single key can have no more than half, as
+a query's weights add up to 1. A model's figures are means over its layers.
+"""
 
 
 def summary_table(results: dict[str, Any]) -> str:
