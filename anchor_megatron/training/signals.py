@@ -11,7 +11,9 @@ step nothing.
 
 from __future__ import annotations
 
+import os
 import signal
+import threading
 import time
 from types import FrameType
 from typing import Any
@@ -77,8 +79,17 @@ class Agreement:
 
 
 def outlive_signals(worker: int) -> None:
-    """For a loader's process: a signal to the whole job must not end it before the training loop has
-    stopped.
+    """For a loader's process: a signal to the whole job must not end it before the training loop has stopped.
+
+    Its parent's SIGTERM does: so a loader ends its processes.
     """
-    for number in (*_SIGNALS, signal.SIGINT):
+    for number in (signal.SIGUSR1, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
+
+
+def _end_with(parent: int) -> None:
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
+        pass
+    os._exit(0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -23,7 +24,7 @@ from anchor_megatron.training.batch import PlannedBatch
 from anchor_megatron.training.errors import explain
 from anchor_megatron.training.health import Diverged
 from anchor_megatron.training.loop import Run
-from anchor_megatron.training.signals import Agreement, StopRequests
+from anchor_megatron.training.signals import Agreement, StopRequests, outlive_signals
 from anchor_megatron.training.straggler import ForwardTimer, spread
 from anchor_megatron.training.watchdog import Watchdog
 
@@ -80,6 +81,23 @@ def agreed(rank: int, world_size: int) -> list[int]:
 
 def test_ranks_agree_on_the_largest() -> None:
     assert run_ranks(2, agreed) == [[1, 7]] * 2
+
+
+def wait_long(worker: int) -> None:
+    outlive_signals(worker)
+    time.sleep(60)
+
+
+def test_a_loader_process_ends_by_its_parent_alone() -> None:
+    child = multiprocessing.get_context("fork").Process(target=wait_long, args=(0,))
+    child.start()
+    time.sleep(0.3)
+    subprocess.run(["kill", "-TERM", str(child.pid)], check=True)  # sent by another process
+    child.join(0.3)
+    assert child.is_alive()
+    child.terminate()
+    child.join(5)
+    assert child.exitcode == 0
 
 
 def test_handlers_are_put_back() -> None:
