@@ -33,16 +33,7 @@ from anchor_megatron.training.setup import initialize_ranks  # noqa: E402
 
 def main() -> None:
     """Reads, checks, decodes, and writes what was measured."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--preset", default="llama-3-8b", help="model shape (%(default)s)")
-    parser.add_argument("--layers", type=int, default=4, help="layers of it (%(default)s)")
-    parser.add_argument("--tokens", type=int, default=1 << 20, help="of the document (%(default)s)")
-    parser.add_argument("--tensor", type=int, default=1, help="tensor-parallel size; context takes the rest")
-    parser.add_argument("--answer-tokens", type=int, default=8, help="decoded behind it (%(default)s)")
-    parser.add_argument("--output", type=Path, help="where the JSON goes")
-    given = parser.parse_args()
+    given = _parser().parse_args()
     config = configuration(given)
     initialize_ranks(config)
     reader = Reader(build_model(config))
@@ -110,6 +101,19 @@ def peak_gib() -> float | None:
     peak = torch.tensor(torch.cuda.max_memory_allocated() / 2**30, device="cuda")
     dist.all_reduce(peak, op=dist.ReduceOp.MAX)
     return peak.item()
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--preset", default="llama-3-8b", help="model shape (%(default)s)")
+    parser.add_argument("--layers", type=int, default=4, help="layers of it (%(default)s)")
+    parser.add_argument("--tokens", type=int, default=1 << 20, help="of the document (%(default)s)")
+    parser.add_argument("--tensor", type=int, default=1, help="tensor-parallel size; context takes the rest")
+    parser.add_argument("--answer-tokens", type=int, default=8, help="decoded behind it (%(default)s)")
+    parser.add_argument("--output", type=Path, help="where the JSON goes")
+    return parser
 
 
 if __name__ == "__main__":

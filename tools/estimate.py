@@ -79,13 +79,13 @@ def main(words: list[str] | None = None) -> int:
     return 0
 
 
-def estimate(config: Config, *, ranks: int, tflops: float, optimizer: bool = True, seed: int = 0) -> Estimate:
-    """The figures of a run on `ranks` ranks. optimizer: False for a pass without one.
+def estimate(config: Config, *, ranks: int, tflops: float) -> Estimate:
+    """The figures of a run on `ranks` ranks, each working at `tflops`.
 
     ValueError where the ranks do not fit the configuration or the vocabulary's size is not given.
     """
     replicas = data_parallel_size(config, ranks)
-    drawn = _document_borders(config, seed)
+    drawn = _document_borders(config)
     weights = _weights(config)
     shards = replicas * config.parallel.context
     size = 2 if config.train.precision == "bf16" else 4
@@ -105,7 +105,7 @@ def estimate(config: Config, *, ranks: int, tflops: float, optimizer: bool = Tru
     figures = {
         "weights": weights * size,
         "gradients": weights * 4,
-        "optimizer": weights * (12 if size == 2 else 8) / shards if optimizer else 0.0,
+        "optimizer": weights * (12 if size == 2 else 8) / shards,
         "activations": kept * layers * in_flight + hidden,
         "received": received,
         "backward": temporary,
@@ -114,16 +114,17 @@ def estimate(config: Config, *, ranks: int, tflops: float, optimizer: bool = Tru
     standing = sum(figures[name] for name in ("weights", "gradients", "optimizer", "activations", "received"))
     # with pipelines the last stage holds the output layer and one micro-batch, the first the most of them
     peak = standing + max(loss, temporary + behind)
-    gib = {name: value / GIB for name, value in figures.items()}
-    tokens = config.data.seq_length * config.train.global_batch_size
     seconds = float(np.mean([_operations(config, one) for one in drawn])) / (ranks * tflops * 1e12)
     return Estimate(
-        **gib, peak=peak / GIB, tokens_per_step=tokens, seconds_per_step=seconds,
+        **{name: value / GIB for name, value in figures.items()},
+        peak=peak / GIB,
+        tokens_per_step=config.data.seq_length * config.train.global_batch_size,
+        seconds_per_step=seconds,
         hours=seconds * config.train.steps / 3600,
-    )  # fmt: skip
+    )
 
 
-def _document_borders(config: Config, seed: int) -> list[np.ndarray]:
+def _document_borders(config: Config) -> list[np.ndarray]:
     """Borders of several micro-batches' documents, window after window."""
     window = config.data.seq_length
     if Path(config.data.train + ".idx").is_file():
@@ -131,8 +132,8 @@ def _document_borders(config: Config, seed: int) -> list[np.ndarray]:
 
         known = Documents(config.data.train).lengths
     else:
-        known = np.minimum(_table_lengths(seed), window // 4)  # as in docs/performance.md
-    generator = np.random.default_rng(seed)
+        known = np.minimum(_table_lengths(), window // 4)  # as in docs/performance.md
+    generator = np.random.default_rng(0)
     found = []
     for _ in range(MICRO_BATCHES):
         borders = [0]
@@ -144,13 +145,13 @@ def _document_borders(config: Config, seed: int) -> list[np.ndarray]:
     return found
 
 
-def _table_lengths(seed: int, count: int = 4096) -> np.ndarray:
+def _table_lengths(count: int = 4096) -> np.ndarray:
     """Lengths drawn from the table, log-uniformly inside its ranges."""
     with TABLE.open() as file:
         rows = list(csv.DictReader(file))
     ranges = np.array([[float(bound) for bound in row["range"].strip("[]").split(",")] for row in rows])
     counts = np.array([float(row["number"]) for row in rows])
-    generator = np.random.default_rng(seed)
+    generator = np.random.default_rng(0)
     low, high = ranges[generator.choice(counts.size, count, p=counts / counts.sum())].T
     return np.exp(generator.uniform(np.log(np.maximum(low, 1)), np.log(high + 1))).astype(int)
 

@@ -85,9 +85,7 @@ def main() -> None:
         note(f"judged {mode}", judge(trainee))
         del trainee
     for length in given.speed_lengths:
-        further = dataclasses.replace(long.data, seq_length=length)
-        config = dataclasses.replace(long, data=further, train=dataclasses.replace(
-            long.train, micro_batch_size=1, global_batch_size=1))  # fmt: skip
+        config = one_window(long, length)
         note(f"speed {length}", {mode: speed(in_mode(config, mode)) for mode in ("full", "anchor")})
     note("finished", True)
 
@@ -105,6 +103,12 @@ def configurations(given: argparse.Namespace) -> tuple[Config, Config]:
 def in_mode(config: Config, mode: str) -> Config:
     """The same run in another mode."""
     return dataclasses.replace(config, data=dataclasses.replace(config.data, mode=mode))
+
+
+def one_window(config: Config, length: int) -> Config:
+    """The same run with one window of another length a step."""
+    train = dataclasses.replace(config.train, micro_batch_size=1, global_batch_size=1)
+    return dataclasses.replace(config, data=dataclasses.replace(config.data, seq_length=length), train=train)
 
 
 def with_steps(config: Config, seconds: float, seconds_per_step: float) -> Config:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -53,23 +52,20 @@ def scores(seeds: Seeds, names: list[str], score: str, title: str) -> str:
     needles = seeds[0]["judged base"]["needles"]
     lengths = sorted({one["length"] for one in needles})
     tasks = list(dict.fromkeys(one["task"] for one in needles))
-    columns: dict[str, Callable[[dict[str, Any]], bool]] = {
-        f"{length // 1024}K": (lambda one, length=length: one["length"] == length) for length in lengths
-    }
-    for task in tasks:
-        columns[f"{task} {lengths[-1] // 1024}K"] = lambda one, task=task: (
-            (one["task"], one["length"]) == (task, lengths[-1])
-        )
+    columns: dict[str, tuple[str | None, int]] = {f"{length // 1024}K": (None, length) for length in lengths}
+    columns |= {f"{task} {lengths[-1] // 1024}K": (task, lengths[-1]) for task in tasks}
     rows = []
     for name in names:
-        rows.append([name])
-        for chosen in columns.values():
-            means = [
-                float(np.mean([one[score] for one in found[f"judged {name}"]["needles"] if chosen(one)]))
-                for found in seeds
-            ]
-            rows[-1].append(cell(means, "{:.2f}"))
+        judged = [found[f"judged {name}"]["needles"] for found in seeds]
+        values = [[_mean(one, score, *column) for one in judged] for column in columns.values()]
+        rows.append([name, *(cell(one, "{:.2f}") for one in values)])
     return markdown(title, ["model", *columns], rows)
+
+
+def _mean(needles: list[dict[str, Any]], score: str, task: str | None, length: int) -> float:
+    """Of one model's questions of a length, of one task or of all."""
+    chosen = [one for one in needles if one["length"] == length and task in (None, one["task"])]
+    return float(np.mean([one[score] for one in chosen]))
 
 
 def losses(seeds: Seeds, names: list[str]) -> str:
