@@ -16,7 +16,6 @@ import sys
 import time
 import warnings
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -34,7 +33,7 @@ from anchor_megatron.data.tokenizer import (  # noqa: E402
     batch_encoder,
     encoder_source,
 )
-from anchor_megatron.evaluation.haystack import Haystack  # noqa: E402
+from anchor_megatron.evaluation.haystack import Haystack, read_documents  # noqa: E402
 from anchor_megatron.evaluation.judge import judge_needles  # noqa: E402
 from anchor_megatron.evaluation.needles import TASKS  # noqa: E402
 from anchor_megatron.evaluation.opening import Opened, opened  # noqa: E402
@@ -102,7 +101,7 @@ def judged(name: str, model: Opened, given: argparse.Namespace) -> Result:
     )
     result = Result(name, needles, {"haystack_tokens": haystack.tokens})
     if given.documents is not None:
-        documents = haystack_documents(given.documents, encode, tuple(given.suffix))
+        documents = read_documents(given.documents, encode, suffixes=tuple(given.suffix))
         long_enough = [one for one in documents if one.size >= longest - 1][: given.long_documents]
         if long_enough:
             result.by_position = loss_by_position(
@@ -112,15 +111,6 @@ def judged(name: str, model: Opened, given: argparse.Namespace) -> Result:
             _say(f"{given.documents}: no file of {longest} tokens, so no loss by position")
         result.figures["short_loss"] = short_loss(model.reader, documents, window=given.window, anchor=anchor)
     return result
-
-
-def haystack_documents(folder: Path, encode: Any, suffixes: tuple[str, ...]) -> list[Any]:
-    """Every file of a folder as one document."""
-    import numpy as np
-
-    files = [file for file in sorted(folder.rglob("*")) if file.is_file()]
-    chosen = [file for file in files if not suffixes or file.suffix in suffixes]
-    return [np.array(tokens) for tokens in encode([file.read_text(errors="replace") for file in chosen])]
 
 
 def _tokens(text: str) -> int:

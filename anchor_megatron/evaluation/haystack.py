@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-__all__ = ["Encode", "Haystack"]
+__all__ = ["Encode", "Haystack", "read_documents"]
 
 Encode = Callable[[list[str]], list[list[int]]]
 
@@ -29,10 +29,7 @@ class Haystack:
         """Reads the folder's files in order, at most some 8 million characters; ValueError for no text."""
         text: list[str] = []
         size = 0
-        files = sorted(folder.rglob("*")) if folder.is_dir() else [folder]
-        for file in files:
-            if not file.is_file() or (suffixes and file.suffix not in suffixes):
-                continue
+        for file in _files(folder, suffixes):
             lines = file.read_text(errors="replace").splitlines(keepends=True)
             text += lines
             size += sum(map(len, lines))
@@ -53,3 +50,17 @@ class Haystack:
             left -= len(line)
             at += 1
         return found
+
+
+def read_documents(folder: Path, encode: Encode, *, suffixes: tuple[str, ...] = ()) -> list[np.ndarray]:
+    """Every file of a folder as one document, int64 [tokens]."""
+    texts = [file.read_text(errors="replace") for file in _files(folder, suffixes)]
+    return [np.array(tokens, dtype=np.int64) for tokens in encode(texts)]
+
+
+def _files(folder: Path, suffixes: tuple[str, ...]) -> list[Path]:
+    """The folder's files, sorted, with one of `suffixes` if any are given; ValueError for no such folder."""
+    if not folder.is_dir():
+        raise ValueError(f"{folder}: no such folder, expected one with text files")
+    found = (file for file in sorted(folder.rglob("*")) if file.is_file())
+    return [file for file in found if not suffixes or file.suffix in suffixes]

@@ -23,7 +23,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from anchor_megatron import cpu
@@ -34,7 +33,7 @@ if not torch.cuda.is_available():
 
 from anchor_megatron.config import Config, load_config  # noqa: E402
 from anchor_megatron.data.tokenizer import batch_encoder, encoder_source, load_tokenizer  # noqa: E402
-from anchor_megatron.evaluation.haystack import Haystack  # noqa: E402
+from anchor_megatron.evaluation.haystack import Haystack, read_documents  # noqa: E402
 from anchor_megatron.evaluation.judge import judge_needles  # noqa: E402
 from anchor_megatron.evaluation.perplexity import loss_by_position, short_loss  # noqa: E402
 from anchor_megatron.evaluation.reader import Reader  # noqa: E402
@@ -186,8 +185,7 @@ class Judge:
         folder = Path(f"{given.data / 'train'}_tokenizer")
         self.encode = batch_encoder(encoder_source(load_tokenizer(folder), folder))
         self.haystack = Haystack(given.data / "held_out", self.encode)
-        files = sorted((given.data / "held_out").iterdir())
-        documents = [np.array(tokens) for tokens in self.encode([file.read_text() for file in files])]
+        documents = read_documents(given.data / "held_out", self.encode)
         self.longest = long.data.seq_length
         self.long = [one for one in documents if one.size >= self.longest][: given.long_documents]
         self.short = [one for one in documents if one.size >= given.window][: 4 * given.long_documents]
