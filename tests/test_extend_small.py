@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -57,6 +58,33 @@ def test_the_command_judges_a_checkpoint_and_a_hugging_face_folder_alike_on_two_
         assert one["wrote"] == other["wrote"]
         assert one["log_probability"] == pytest.approx(other["log_probability"], abs=1e-4)
     assert trained["figures"]["short_loss"] == pytest.approx(exported["figures"]["short_loss"], abs=1e-5)
+
+
+@pytest.mark.slow
+def test_the_experiment_runs_and_its_tables_are_drawn(toy: Path, tmp_path: Path) -> None:
+    data = tmp_path / "data"
+    (data / "held_out").mkdir(parents=True)
+    for suffix in ("bin", "idx", "json"):
+        shutil.copy(toy / f"data.{suffix}", data / f"train.{suffix}")
+    summary = json.loads((data / "train.json").read_text())
+    shutil.copytree(toy / summary["tokenizer"], data / "train_tokenizer")
+    (data / "train.json").write_text(json.dumps(summary | {"tokenizer": "train_tokenizer"}))
+    text = "".join((ROOT / name).read_text() for name in ("README.md", "CONTRIBUTING.md"))
+    (data / "held_out" / "a.txt").write_text(text)
+    done = run(
+        "examples/extend_small/experiment.py", "--data", data, "--size", "cpu", "--pretrain-seconds", "1.5",
+        "--extend-seconds", "0.5", "--modes", "anchor", "--lengths", "1536", "--window", "256", "--samples",
+        "1", "--long-documents", "1", "--speed-lengths", "--output", tmp_path / "seed1.json",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = json.loads((tmp_path / "seed1.json").read_text())
+    losses = found["extend anchor"]["losses"]
+    assert found["finished"] and losses[0] < found["pretrain"]["losses"][0]  # it went on from the base
+    done = run(
+        "examples/extend_small/summarise.py", tmp_path / "seed1.json", "--output", tmp_path / "pictures"
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "| anchor | " in done.stdout and (tmp_path / "pictures" / "needles.png").is_file()
 
 
 @pytest.mark.slow

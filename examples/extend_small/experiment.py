@@ -74,7 +74,7 @@ def main() -> None:
     base = [parameter.detach().clone() for parameter in trainee.gpt.parameters()]
     note("judged base", judge(trainee))
     del trainee
-    speeds = {mode: speed(in_mode(long, mode)) for mode in MODES}
+    speeds = {mode: speed(in_mode(long, mode)) for mode in given.modes}
     note("speed", speeds)
     slowest = max(one["seconds_per_step"] for one in speeds.values())
     long = with_steps(long, given.extend_seconds, slowest)
