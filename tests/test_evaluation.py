@@ -236,10 +236,10 @@ def test_reports_put_checkpoints_side_by_side(tmp_path: Path) -> None:
         losses = LossByPosition((0, 256), (256, 1000), (3.0, 2.5), (3.0, 2.75))
         return Result(name, [needle], {"short_loss": 3.25}, losses)
 
-    results = [result("base", 0.0), result("anchor-1", 0.5), result("anchor-2", 1.0)]
+    results = [result("base-7", 0.0), result("anchor-1", 0.5), result("anchor-2", 1.0)]
     lines = table(results).splitlines()
     assert lines[0].split("  ")[0] == "checkpoint" and "single 4K" in lines[0]
-    assert lines[1].split()[:2] == ["base", "0.000"]
+    assert lines[1].split()[:2] == ["base-7", "0.000"]
     assert lines[2].split()[:4] == ["anchor", "0.750", "±", "0.250"]
     write_report(tmp_path, results)
     assert read_results(tmp_path / "results.json") == results

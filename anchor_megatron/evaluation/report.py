@@ -73,16 +73,16 @@ def table(results: Sequence[Result]) -> str:
 
 def _rows(results: Sequence[Result]) -> list[list[str]]:
     """Header, then a row a group of checkpoints; a column a score."""
-    groups: dict[str, list[dict[str, float]]] = {}
+    groups: dict[str, list[Result]] = {}
     for result in results:
-        groups.setdefault(re.sub(r"-\d+$", "", result.name), []).append(_scores(result))
-    columns = list(dict.fromkeys(name for group in groups.values() for one in group for name in one))
+        groups.setdefault(re.sub(r"-\d+$", "", result.name), []).append(result)
+    scores = {result.name: _scores(result) for result in results}
+    columns = list(dict.fromkeys(column for one in scores.values() for column in one))
     rows = [["checkpoint", *columns]]
-    for group_name, group in groups.items():
-        label = group_name if len(group) > 1 or group_name in [one.name for one in results] else ""
-        label = label or next(one.name for one in results if one.name.startswith(group_name))
-        cells = [_cell([one[column] for one in group if column in one]) for column in columns]
-        rows.append([label, *cells])
+    for name, group in groups.items():
+        found = [scores[one.name] for one in group]
+        cells = [_cell([one[column] for one in found if column in one]) for column in columns]
+        rows.append([name if len(group) > 1 else group[0].name, *cells])
     return rows
 
 
