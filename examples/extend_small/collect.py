@@ -51,7 +51,8 @@ def main() -> None:
                 for text in joined(folder, generator, int(given.most * 1e6)):
                     file.write(json.dumps({"text": text}) + "\n")
                     written += len(text)
-        for text in exercises(given.held_out[0], generator, int(written * given.exercises)):
+        seen = next(folder for folder in given.folders if folder.resolve() not in held_out)
+        for text in exercises(seen, generator, int(written * given.exercises)):
             file.write(json.dumps({"text": text}) + "\n")
     shutil.rmtree(given.output / "held_out", ignore_errors=True)
     (given.output / "held_out").mkdir()
