@@ -41,8 +41,8 @@ def planned_attention(
     """Attention of this rank's rows, [T, N, H] in q's dtype. `group` holds the context-parallel ranks, in
     rank order.
 
-    All ranks of `group` must call it together, each with its own plan of the same placement. A plan with rounds
-    is executed as `ring.py` says.
+    All ranks of `group` must call it together, each with its own plan of the same placement. A plan with
+    rounds is executed as `ring.py` says.
     """
     if plan.rounds:
         return ring_attention(q_TNH, k_TGH, v_TGH, plan=plan, kernel=kernel, scale=scale, group=group)

@@ -118,8 +118,8 @@ _ARRAYS = ("cu_seqlens_local", "cu_seqlens_q", "cu_seqlens_k", "key_index", "sen
 
 
 def plan_arrays(plan: Plan, rounds: Sequence[Round] = ()) -> dict[str, np.ndarray]:
-    """The arrays of `plan` and its rounds that the device needs, and where every row's gradients come from (see
-    `rows.py`).
+    """The arrays of `plan` and its rounds that the device needs, and where every row's gradients come from
+    (see `rows.py`).
 
     Gradients of K gathered keys and of S sent rows lie one after another; row i, own or received, is the sum
     of those at gradient_sources[gradient_offsets[i] : gradient_offsets[i+1]].

@@ -7,18 +7,18 @@ For documents whose keys do not fit at once: beside its own rows a rank holds th
 gathered copy of one, and an accumulator. Nothing that was received is kept for the backward pass.
 
 The merge. A round gives query i the output o = sum_j p_j v_j and L = log sum_j exp(s_j) over its own keys j,
-with p_j = exp(s_j - L). Softmax over the keys of two rounds a and b weighs their outputs by their shares of the
-common denominator:
+with p_j = exp(s_j - L). Softmax over the keys of two rounds a and b weighs their outputs by their shares of
+the common denominator:
 
     L = log(exp(L_a) + exp(L_b))        o = exp(L_a - L) o_a + exp(L_b - L) o_b
 
-in fp32 at least (the online softmax of arXiv 1805.02867, as in Ring Attention, arXiv 2310.01889). Each round's
-output is rounded once more than a kernel call over all keys would round it, so unlike the sparse exchange's the
-result depends on the rounds, by about one rounding.
+in fp32 at least (the online softmax of arXiv 1805.02867, as in Ring Attention, arXiv 2310.01889). Each
+round's output is rounded once more than a kernel call over all keys would round it, so unlike the sparse
+exchange's the result depends on the rounds, by about one rounding.
 
-Backward. The gradient of a score is ds_ij = p_ij (dp_ij - D_i), where p_ij = exp(s_ij - L_i) takes the merged L
-and D_i = sum of dout_i * out_i the merged output. Given those, a kernel's backward pass over one round's keys
-is exactly that round's share of dq, and the whole of its keys' dk and dv from these queries.
+Backward. The gradient of a score is ds_ij = p_ij (dp_ij - D_i), where p_ij = exp(s_ij - L_i) takes the merged
+L and D_i = sum of dout_i * out_i the merged output. Given those, a kernel's backward pass over one round's
+keys is exactly that round's share of dq, and the whole of its keys' dk and dv from these queries.
 
 Legend: T rows of this rank, W waiting ones, Q of a round, N query heads, G key/value heads, H head dim, R
 received rows of a round, K gathered keys.
@@ -33,7 +33,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from anchor_megatron.attention.exchange import InFlight, start_exchange, start_exchange_adjoint
-from anchor_megatron.attention.kernels import Kernel, Segments
+from anchor_megatron.attention.kernels import Kernel
 from anchor_megatron.attention.plan_tensors import PlanTensors, RoundTensors
 from anchor_megatron.attention.rows import add_home, gather_keys, sum_received
 

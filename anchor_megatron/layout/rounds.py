@@ -7,8 +7,8 @@ One document of 12 tokens on three ranks of 4, rounds of 4 rows; rank 2 waits fo
     round 2                             rank 2: 8-11 see 0-3
 
 In the own round a waiting piece sees those of its document's rows that its rank holds, up to itself. In every
-further round it sees all rows of its document that have arrived; they lie before it. Each round is a `Plan` of
-its own over the same rows, with the keys, transfers and borders of that round alone.
+further round it sees all rows of its document that have arrived; they lie before it. Each round is a `Plan`
+of its own over the same rows, with the keys, transfers and borders of that round alone.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ __all__ = ["Round", "make_rounds"]
 class Round:
     """One round of one rank.
 
-    plan          keys, borders and transfers of this round; its pieces are the waiting ones that see a key in it
-    query_index   int64 [Q]  rows of those pieces, counted from the first waiting row
+    plan          keys, borders and transfers of this round; its pieces are the waiting ones that see a key in
+    it query_index   int64 [Q]  rows of those pieces, counted from the first waiting row
     """
 
     plan: Plan
@@ -46,10 +46,11 @@ class _Arrivals:
 
 
 def make_rounds(placement: Placement, rank: int, *, rows: int) -> list[Round]:
-    """The own round of `rank` and as many further ones as any rank needs, of at most `rows` received rows each.
+    """The own round of `rank` and as many further ones as any rank needs, of at most `rows` received rows
+    each.
 
-    A function of the placement and `rows` alone, so that all ranks' rounds fit together. ValueError for `rows`
-    below 1.
+    A function of the placement and `rows` alone, so that all ranks' rounds fit together. ValueError for
+    `rows` below 1.
     """
     if rows < 1:
         raise ValueError(f"rows of a round: got {rows}, expected at least 1")

@@ -55,8 +55,7 @@ def pretrain(run_file: Path, metrics: Path, *overrides: str) -> list[dict[str, A
         "torch.distributed.run",
         "--nproc-per-node",
         "2",
-        "--master-port",
-        "29517",
+        "--standalone",
     ]
     words = [str(ROOT / "pretrain_anchor.py"), str(run_file), f"log.jsonl={metrics}", *overrides]
     done = subprocess.run([*torchrun, *words], capture_output=True, text=True, cwd=ROOT, timeout=120)
