@@ -72,6 +72,7 @@ echo "bringing node 1 back"
 ip -n "${nodes[1]}" link set anchor1 up
 start 1
 wait_for 180 test -f "$output/outcome.json"
+for agent in "${agents[@]}"; do wait_for 30 bash -c "! kill -0 $agent 2> /dev/null"; done
 grep -hE "^resumed from" "$output"/node*.log
 cat "$output/outcome.json"
 grep -q '"outcome": "finished"' "$output/outcome.json"
