@@ -142,7 +142,7 @@ def _experts(config: Config) -> dict[str, Any]:
     model = config.model
     if model.num_experts is None:
         return {}
-    # Megatron-Core's all-to-all takes its sizes to the host from a GPU only; the other dispatcher pads nothing
+    # Megatron-Core's all-to-all takes its sizes to the host from a GPU only; all-gather does not pad for FP8
     spread = rank_device().type == "cuda" and (config.parallel.expert > 1 or config.train.fp8 is not None)
     return dict(
         num_moe_experts=model.num_experts,
