@@ -16,7 +16,6 @@ from anchor_megatron.model.builder import build_model
 from anchor_megatron.testing.models import random_window, tiny_config
 from anchor_megatron.testing.ranks import run_ranks
 from anchor_megatron.training.batch import plan_batch
-from anchor_megatron.training.loader import round_rows
 from anchor_megatron.training.report import global_sums
 from anchor_megatron.training.setup import initialize_ranks
 from anchor_megatron.training.step import StepResult, Trainee, build_trainee, forward_backward
@@ -62,7 +61,8 @@ def gradients_on_rank(
             group,
             mode=config.data.mode,
             placement=config.attention.placement,
-            round_rows=round_rows(config),
+            exchange=config.attention.exchange,
+            ring_rows=config.attention.ring_rows,
             context_parallel_size=config.parallel.context,
             context_parallel_rank=parallel_state.get_context_parallel_rank(),
         )
@@ -155,6 +155,7 @@ def test_every_layout_computes_the_same_gradients(
         dict(attention=dict(placement="zigzag")),
         dict(attention=dict(placement="contiguous")),
         dict(attention=dict(placement="contiguous", exchange="ring", ring_rows=8)),
+        dict(attention=dict(exchange="ulysses")),
     ],
     ids=str,
 )

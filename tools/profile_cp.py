@@ -20,8 +20,8 @@ from pathlib import Path
 from typing import Any
 
 from anchor_megatron.layout.cost import CostModel, LayerShape, Machine, read_machine
+from anchor_megatron.layout.exchanges import EXCHANGES
 from anchor_megatron.layout.placement import PLACEMENTS
-from anchor_megatron.profiling.measure import EXCHANGES
 from anchor_megatron.profiling.report import write_report
 from anchor_megatron.profiling.simulate import RANKS, Settings, simulate
 from anchor_megatron.profiling.table import measured_line, measured_table, placement_table, prediction_table

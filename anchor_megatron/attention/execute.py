@@ -24,6 +24,7 @@ from anchor_megatron.attention.kernels import Kernel
 from anchor_megatron.attention.plan_tensors import PlanTensors
 from anchor_megatron.attention.ring import ring_attention
 from anchor_megatron.attention.rows import add_home, gather_keys, sum_received
+from anchor_megatron.attention.ulysses import ulysses_attention
 
 __all__ = ["planned_attention"]
 
@@ -42,10 +43,11 @@ def planned_attention(
     rank order.
 
     All ranks of `group` must call it together, each with its own plan of the same placement. A plan with
-    rounds is executed as `ring.py` says.
+    rounds is executed as `ring.py` or `ulysses.py` says.
     """
-    if plan.rounds:
-        return ring_attention(q_TNH, k_TGH, v_TGH, plan=plan, kernel=kernel, scale=scale, group=group)
+    if plan.rounds or plan.whole is not None:
+        attend = ring_attention if plan.rounds else ulysses_attention
+        return attend(q_TNH, k_TGH, v_TGH, plan=plan, kernel=kernel, scale=scale, group=group)
     return _PlannedAttention.apply(q_TNH, k_TGH, v_TGH, plan, kernel, scale, group)
 
 

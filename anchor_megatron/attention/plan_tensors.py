@@ -7,7 +7,6 @@ again. Sizes travel beside it as Python integers, so nothing ever has to be read
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,8 +14,7 @@ import torch
 from torch import Tensor
 
 from anchor_megatron.attention.kernels import Segments
-from anchor_megatron.layout.plan import Plan
-from anchor_megatron.layout.rounds import Round
+from anchor_megatron.layout.plan import Plan, Round, Whole
 
 __all__ = ["PackedArrays", "PlanTensors", "plan_arrays", "plan_tensors"]
 
@@ -70,6 +68,7 @@ class PlanTensors:
     max_seqlen_q: int
     max_seqlen_k: int
     rounds: tuple[RoundTensors, ...] = ()
+    whole: WholeTensors | None = None
 
     @property
     def local_segments(self) -> Segments:
@@ -90,7 +89,7 @@ class PlanTensors:
 
 @dataclass(frozen=True)
 class RoundTensors:
-    """`layout.rounds.Round` on the device. `queries` counts its waiting rows; where it has all of them, in
+    """`layout.plan.Round` on the device. `queries` counts its waiting rows; where it has all of them, in
     order, `query_index` is None.
     """
 
@@ -114,10 +113,19 @@ class RoundTensors:
         self.put(rows, self.pick(rows) + values)
 
 
+@dataclass(frozen=True)
+class WholeTensors:
+    """`layout.plan.Whole` on the device."""
+
+    segments: Segments
+    to_tokens: Tensor
+    to_rows: Tensor
+
+
 _ARRAYS = ("cu_seqlens_local", "cu_seqlens_q", "cu_seqlens_k", "key_index", "send_index")
 
 
-def plan_arrays(plan: Plan, rounds: Sequence[Round] = ()) -> dict[str, np.ndarray]:
+def plan_arrays(plan: Plan) -> dict[str, np.ndarray]:
     """The arrays of `plan` and its rounds that the device needs, and where every row's gradients come from
     (see `rows.py`).
 
@@ -130,13 +138,17 @@ def plan_arrays(plan: Plan, rounds: Sequence[Round] = ()) -> dict[str, np.ndarra
     offsets = np.concatenate([[0], np.cumsum(np.bincount(homes, minlength=rows))])
     arrays = {name: getattr(plan, name) for name in _ARRAYS}
     arrays |= {"gradient_offsets": offsets, "gradient_sources": sources}
-    for number, one in enumerate(rounds):
+    for number, one in enumerate(plan.rounds):
         own = plan_arrays(one.plan) | {"query_index": one.query_index}
         arrays |= {f"{name}/{number}": array for name, array in own.items()}
+    if plan.whole is not None:
+        arrays |= {
+            f"whole/{name}": getattr(plan.whole, name) for name in ("cu_seqlens", "to_tokens", "to_rows")
+        }
     return arrays
 
 
-def plan_tensors(plan: Plan, arrays: dict[str, Tensor], rounds: Sequence[Round] = ()) -> PlanTensors:
+def plan_tensors(plan: Plan, arrays: dict[str, Tensor]) -> PlanTensors:
     """The device form of `plan` and its rounds from their numbers and the moved arrays (int32)."""
     return PlanTensors(
         local_tokens=plan.local_tokens,
@@ -152,8 +164,15 @@ def plan_tensors(plan: Plan, arrays: dict[str, Tensor], rounds: Sequence[Round] 
         send_index=arrays["send_index"],
         gradient_offsets=arrays["gradient_offsets"],
         gradient_sources=arrays["gradient_sources"],
-        rounds=tuple(_round_tensors(plan, one, arrays, number) for number, one in enumerate(rounds)),
+        rounds=tuple(_round_tensors(plan, one, arrays, number) for number, one in enumerate(plan.rounds)),
+        whole=None if plan.whole is None else _whole_tensors(plan.whole, arrays),
     )
+
+
+def _whole_tensors(whole: Whole, arrays: dict[str, Tensor]) -> WholeTensors:
+    ends, longest = arrays["whole/cu_seqlens"], whole.max_seqlen
+    segments = Segments(ends, ends, longest, longest)
+    return WholeTensors(segments, arrays["whole/to_tokens"], arrays["whole/to_rows"])
 
 
 def _round_tensors(plan: Plan, one: Round, arrays: dict[str, Tensor], number: int) -> RoundTensors:

@@ -23,7 +23,7 @@ _CHOICES = {
     "data.short_documents": ("drop", "join"),
     "data.packing": ("plain", "best_fit", "balanced"),
     "attention.placement": ("document", "zigzag", "contiguous"),
-    "attention.exchange": ("sparse", "ring"),
+    "attention.exchange": ("sparse", "ring", "ulysses"),
     "optimizer.decay": ("constant", "linear", "cosine"),
     "train.precision": ("bf16", "fp32"),
     "train.fp8": (None, "hybrid", "e4m3"),
@@ -103,6 +103,9 @@ def _check_model(config: Config) -> None:
     if model.kv_channels is None:
         _divides(config, "model.hidden_size", "model.num_attention_heads")
     _divides(config, "model.num_attention_heads", "parallel.tensor")
+    if config.attention.exchange == "ulysses":
+        heads = model.num_attention_heads // parallel.tensor
+        _expect_multiple("query heads of a tensor-parallel rank", heads, "parallel.context", parallel.context)
     _divides(config, "model.ffn_hidden_size", "parallel.tensor")
     _divides(config, "model.num_layers", "parallel.pipeline")
     if model.num_experts is not None:

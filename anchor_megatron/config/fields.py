@@ -140,8 +140,9 @@ class AttentionConfig:
     placement: str = "document"
     """Which rank holds which tokens: document (balanced, whole documents stay), zigzag or contiguous."""
     exchange: str = "sparse"
-    """How keys and values of split documents travel: sparse (one all-to-all of only the needed rows) or ring
-    (in rounds, for documents whose keys do not fit at once; partial results are merged in fp32).
+    """How keys and values of split documents travel: sparse (one all-to-all of only the needed rows), ring
+    (in rounds, for documents whose keys do not fit at once; partial results are merged in fp32) or ulysses
+    (not at all: an all-to-all gives each rank whole documents for its share of the query heads).
     """
     ring_rows: int = 16384
     """ring: most rows a rank receives in a round. A row is a token's keys and values of one layer, 4 KiB with

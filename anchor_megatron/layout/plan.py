@@ -18,7 +18,7 @@ import numpy as np
 
 from anchor_megatron.layout.placement import Placement, piece_areas
 
-__all__ = ["Plan", "borders", "check_plans", "make_plan", "make_plans", "ranges"]
+__all__ = ["Plan", "Round", "Whole", "borders", "check_plans", "make_plan", "make_plans", "ranges"]
 
 
 @dataclass(frozen=True)
@@ -35,6 +35,8 @@ class Plan:
     send_counts, recv_counts       rows to and from every rank; received ones lie by source, in token order
     max_seqlen_local, _q, _k       longest local piece; longest query and key run of a waiting one; 0: none
     area                           visible (query, key) pairs
+    rounds                         of exchange ring (`rounds.py`); none for the others
+    whole                          of exchange ulysses (`heads.py`); None for the others
     """
 
     token_index: np.ndarray
@@ -50,6 +52,40 @@ class Plan:
     max_seqlen_q: int
     max_seqlen_k: int
     area: int
+    rounds: tuple[Round, ...] = ()
+    whole: Whole | None = None
+
+
+@dataclass(frozen=True)
+class Round:
+    """One round of one rank.
+
+    plan          keys, borders and transfers of this round; its pieces are the waiting ones that see a key in
+                  it
+    query_index   int64 [Q]  rows of those pieces, counted from the first waiting row
+    """
+
+    plan: Plan
+    query_index: np.ndarray
+
+
+@dataclass(frozen=True)
+class Whole:
+    """All S tokens of a micro-batch; the same on every rank.
+
+    cu_seqlens  int32 [D+1]  borders of the documents
+    to_tokens   int64 [S]    where each token lies among all ranks' rows, laid end to end
+    to_rows     int64 [S]    the token of each such row
+    """
+
+    cu_seqlens: np.ndarray
+    to_tokens: np.ndarray
+    to_rows: np.ndarray
+
+    @property
+    def max_seqlen(self) -> int:
+        """Tokens of the longest document."""
+        return int(np.diff(self.cu_seqlens).max(initial=0))
 
 
 def make_plans(placement: Placement) -> list[Plan]:

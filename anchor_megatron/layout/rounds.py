@@ -19,21 +19,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from anchor_megatron.layout.placement import Placement
-from anchor_megatron.layout.plan import Plan, borders, make_plan, ranges
+from anchor_megatron.layout.plan import Plan, Round, borders, make_plan, ranges
 
-__all__ = ["Round", "make_rounds"]
-
-
-@dataclass(frozen=True)
-class Round:
-    """One round of one rank.
-
-    plan          keys, borders and transfers of this round; its pieces are the waiting ones that see a key in
-    it query_index   int64 [Q]  rows of those pieces, counted from the first waiting row
-    """
-
-    plan: Plan
-    query_index: np.ndarray
+__all__ = ["make_rounds"]
 
 
 @dataclass(frozen=True)

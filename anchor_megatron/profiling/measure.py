@@ -28,16 +28,14 @@ from anchor_megatron.attention.execute import planned_attention
 from anchor_megatron.attention.kernels import Kernel
 from anchor_megatron.attention.plan_tensors import PackedArrays, plan_arrays, plan_tensors
 from anchor_megatron.layout.cost import LayerShape
+from anchor_megatron.layout.exchanges import plan_exchange
 from anchor_megatron.layout.placement import Placement, balance, received_rows
-from anchor_megatron.layout.plan import make_plan
-from anchor_megatron.layout.rounds import make_rounds
 from anchor_megatron.profiling.clock import timed
 from anchor_megatron.profiling.predict import ROUND_BYTES
 from anchor_megatron.profiling.stand_ins import NoAttention, Remembered
 
-__all__ = ["EXCHANGES", "Case", "Sample", "groups_by_size", "measure", "measure_total"]
+__all__ = ["Case", "Sample", "groups_by_size", "measure", "measure_total"]
 
-EXCHANGES = ("sparse", "ring")
 Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
@@ -135,11 +133,9 @@ def measure_total(
 
 
 def _attention(case: Case, kernel: Any, device: torch.device) -> Attention:
-    plan = make_plan(case.placement, case.rank)
     rows = ROUND_BYTES // case.shape.row_bytes
-    in_rounds = case.exchange == "ring" and case.ranks > 1
-    rounds = make_rounds(case.placement, case.rank, rows=rows) if in_rounds else []
-    tensors = plan_tensors(plan, PackedArrays.pack(plan_arrays(plan, rounds)).to(device), rounds)
+    plan = plan_exchange(case.placement, case.rank, exchange=case.exchange, ring_rows=rows)
+    tensors = plan_tensors(plan, PackedArrays.pack(plan_arrays(plan)).to(device))
     return partial(
         planned_attention, plan=tensors, kernel=kernel, scale=case.shape.head_dim**-0.5, group=case.group
     )

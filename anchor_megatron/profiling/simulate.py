@@ -16,6 +16,7 @@ import numpy as np
 
 from anchor_megatron.layout.bounds import least_received_rows, least_unevenness
 from anchor_megatron.layout.cost import CostModel
+from anchor_megatron.layout.exchanges import EXCHANGES
 from anchor_megatron.layout.placement import PLACEMENTS, Placement, balance, place
 from anchor_megatron.layout.plan import make_plan
 from anchor_megatron.profiling.predict import Prediction, predict, seconds_of_one_rank
@@ -25,7 +26,6 @@ from anchor_megatron.profiling.windows import draw_window
 __all__ = ["RANKS", "TARGETS", "Settings", "simulate"]
 
 RANKS = (2, 4, 8, 16, 32, 64, 256, 1024)
-EXCHANGES = ("sparse", "ring", "ulysses")
 # ranks: balance of the mean and of the worst window, worst rank's received rows of a full ring's, planning ms
 TARGETS: dict[int, tuple[float, float | None, float, float | None]] = {
     2: (1.01, 1.03, 0.08, None),

@@ -11,7 +11,6 @@ from anchor_megatron.config import Config, ModelConfig, ParallelConfig, TrainCon
 from anchor_megatron.data.window import Window, WindowCounts
 from anchor_megatron.model.builder import rank_device
 from anchor_megatron.training.batch import Batch, plan_batch
-from anchor_megatron.training.loader import round_rows
 
 __all__ = ["ANCHOR", "batch_of", "random_window", "tiny_config"]
 
@@ -53,7 +52,8 @@ def batch_of(
         windows,
         mode=config.data.mode,
         placement=config.attention.placement,
-        round_rows=round_rows(config),
+        exchange=config.attention.exchange,
+        ring_rows=config.attention.ring_rows,
         context_parallel_size=config.parallel.context,
         context_parallel_rank=context_parallel_rank,
     )

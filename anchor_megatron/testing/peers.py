@@ -16,9 +16,8 @@ from torch import Tensor
 from anchor_megatron.attention.execute import planned_attention
 from anchor_megatron.attention.kernels import Kernel
 from anchor_megatron.attention.plan_tensors import PackedArrays, PlanTensors, plan_arrays, plan_tensors
+from anchor_megatron.layout.exchanges import plan_exchange
 from anchor_megatron.layout.placement import place
-from anchor_megatron.layout.plan import make_plan
-from anchor_megatron.layout.rounds import make_rounds
 
 __all__ = [
     "device_plan",
@@ -32,17 +31,20 @@ Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 def device_plan(
-    lengths: np.ndarray, *, placement: str, ranks: int, rank: int, round_rows: int | None = None
+    lengths: np.ndarray,
+    *,
+    placement: str,
+    ranks: int,
+    rank: int,
+    exchange: str = "sparse",
+    ring_rows: int = 1 << 14,
 ) -> tuple[PlanTensors, np.ndarray]:
-    """This rank's plan on the GPU for documents of `lengths`, and the tokens it holds. round_rows: received
-    rows of a round, where keys travel in rounds.
-    """
+    """This rank's plan on the GPU for documents of `lengths`, and the tokens it holds."""
     cu_seqlens = np.concatenate([[0], np.cumsum(lengths)])
     placed = place(placement, cu_seqlens, context_parallel_size=ranks, window_length=int(cu_seqlens[-1]))
-    plan = make_plan(placed, rank)
-    rounds = make_rounds(placed, rank, rows=round_rows) if round_rows is not None else []
-    arrays = PackedArrays.pack(plan_arrays(plan, rounds)).to(torch.device("cuda"))
-    return plan_tensors(plan, arrays, rounds), plan.token_index
+    plan = plan_exchange(placed, rank, exchange=exchange, ring_rows=ring_rows)
+    arrays = PackedArrays.pack(plan_arrays(plan)).to(torch.device("cuda"))
+    return plan_tensors(plan, arrays), plan.token_index
 
 
 def ours(plan: PlanTensors, kernel: Kernel, head_dim: int, group: dist.ProcessGroup | None) -> Attention:

@@ -21,10 +21,10 @@ from torch import Tensor
 from anchor_megatron.attention.plan_tensors import PackedArrays, PlanTensors, plan_arrays, plan_tensors
 from anchor_megatron.data.window import Window, WindowCounts
 from anchor_megatron.layout.cost import CostModel
+from anchor_megatron.layout.exchanges import plan_exchange
 from anchor_megatron.layout.modes import attention_cu_seqlens, positions
 from anchor_megatron.layout.placement import balance, place
-from anchor_megatron.layout.plan import Plan, make_plan
-from anchor_megatron.layout.rounds import Round, make_rounds
+from anchor_megatron.layout.plan import Plan
 
 __all__ = ["Batch", "BatchStats", "PlannedBatch", "plan_batch"]
 
@@ -60,7 +60,6 @@ class PlannedBatch:
     arrays: PackedArrays
     plan: Plan
     stats: BatchStats
-    rounds: tuple[Round, ...] = ()
 
     def pin_memory(self) -> PlannedBatch:
         """Page-locked, so that the copy to the device does not block; torch's DataLoader calls it."""
@@ -75,7 +74,7 @@ class PlannedBatch:
             positions=arrays["positions"].long()[None],
             loss_mask=arrays["loss_mask"].float()[None],
             anchors=arrays["anchors"].bool()[None],
-            plan=plan_tensors(self.plan, arrays, self.rounds),
+            plan=plan_tensors(self.plan, arrays),
         )
 
 
@@ -87,10 +86,11 @@ def plan_batch(
     context_parallel_size: int,
     context_parallel_rank: int,
     costs: CostModel = CostModel(),  # noqa: B008
-    round_rows: int | None = None,
+    exchange: str = "sparse",
+    ring_rows: int = 1 << 14,
 ) -> PlannedBatch:
-    """This context-parallel rank's share of a micro-batch of equally long `windows`; `costs` and `round_rows`
-    must be the same on all of them. round_rows: received rows of a round, where keys travel in rounds.
+    """This context-parallel rank's share of a micro-batch of equally long `windows`, planned for `exchange`
+    (see `layout/exchanges.py`). All options must be the same on all ranks that share it.
     """
     window_length = windows[0].tokens.size
     cu_seqlens = _joined_cu_seqlens(windows)
@@ -102,9 +102,7 @@ def plan_batch(
         window_length=window_length,
         costs=costs,
     )
-    plan = make_plan(placed, context_parallel_rank)
-    in_rounds = round_rows is not None and context_parallel_size > 1
-    rounds = make_rounds(placed, context_parallel_rank, rows=round_rows or 0) if in_rounds else []
+    plan = plan_exchange(placed, context_parallel_rank, exchange=exchange, ring_rows=ring_rows)
     whole = {
         "tokens": np.concatenate([window.tokens for window in windows]),
         "labels": np.concatenate([window.labels for window in windows]),
@@ -114,10 +112,8 @@ def plan_batch(
     }
     whole["anchors"][cu_seqlens[:-1]] = True
     rows = _rows_in_attention_order(mode, whole["positions"], window_length)[plan.token_index]
-    arrays = {name: array[rows] for name, array in whole.items()} | plan_arrays(plan, rounds)
-    return PlannedBatch(
-        PackedArrays.pack(arrays), plan, _stats(windows, spans, balance(placed), plan), tuple(rounds)
-    )
+    arrays = {name: array[rows] for name, array in whole.items()} | plan_arrays(plan)
+    return PlannedBatch(PackedArrays.pack(arrays), plan, _stats(windows, spans, balance(placed), plan))
 
 
 def _joined_cu_seqlens(windows: Sequence[Window]) -> np.ndarray:

@@ -26,7 +26,7 @@ from anchor_megatron.training.batch import PlannedBatch, plan_batch
 from anchor_megatron.training.setup import micro_batches_per_step
 from anchor_megatron.training.signals import outlive_signals
 
-__all__ = ["BatchDataset", "batches", "cost_model", "open_windows", "round_rows"]
+__all__ = ["BatchDataset", "batches", "cost_model", "open_windows"]
 
 
 def open_windows(config: Config, split: str = "train", *, corpus: Corpus | None = None) -> WindowDataset:
@@ -109,11 +109,6 @@ def _tags(corpus: Corpus) -> list[list[int]]:
     return tokenizer(texts, add_special_tokens=False)["input_ids"]
 
 
-def round_rows(config: Config) -> int | None:
-    """Received rows of a round, None where all travel at once."""
-    return config.attention.ring_rows if config.attention.exchange == "ring" else None
-
-
 class BatchDataset(Dataset):
     """This rank's micro-batches; item i is micro-batch i % m of step i // m, m micro-batches a step."""
 
@@ -151,7 +146,8 @@ class BatchDataset(Dataset):
             mode=self.config.data.mode,
             placement=self.config.attention.placement,
             costs=self.costs,
-            round_rows=round_rows(self.config),
+            exchange=self.config.attention.exchange,
+            ring_rows=self.config.attention.ring_rows,
             **self.context_parallel,
         )
 

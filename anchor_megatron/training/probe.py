@@ -33,7 +33,6 @@ from anchor_megatron.config import Config
 from anchor_megatron.data.window import Window
 from anchor_megatron.model.builder import rank_device
 from anchor_megatron.training.batch import PlannedBatch, plan_batch
-from anchor_megatron.training.loader import round_rows
 from anchor_megatron.training.step import Trainee, forward_step
 
 __all__ = ["Check", "check_run"]
@@ -76,7 +75,8 @@ class _Probe:
             windows,
             mode=self.config.data.mode,
             placement=self.config.attention.placement,
-            round_rows=round_rows(self.config),
+            exchange=self.config.attention.exchange,
+            ring_rows=self.config.attention.ring_rows,
             context_parallel_size=1 if alone else self.config.parallel.context,
             context_parallel_rank=0 if alone else parallel_state.get_context_parallel_rank(),
         )

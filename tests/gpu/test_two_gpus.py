@@ -14,12 +14,12 @@ import torch.multiprocessing as mp
 pytestmark = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
 
 HEADS, GROUPS, HEAD_DIM = 8, 2, 128
-ROUND_ROWS = (None, 1000)  # all at once, and in rounds
+EXCHANGES = ("sparse", "ring", "ulysses")
 LENGTHS = [[37, 4096, 1, 10, 3000, 100, 900, 48], [8192], [64] * 128]
 
 
 def attend(
-    rank: int, lengths: np.ndarray, ranks: int, group: Any, *, round_rows: int | None = None
+    rank: int, lengths: np.ndarray, ranks: int, group: Any, *, exchange: str = "sparse"
 ) -> tuple[torch.Tensor, list[torch.Tensor]]:
     """Tokens this rank holds, and its output, dq, dk, dv."""
     from anchor_megatron.attention.choose import choose_kernel
@@ -33,7 +33,7 @@ def attend(
         for heads in (HEADS, GROUPS, GROUPS, HEADS)
     ]
     plan, held = peers.device_plan(
-        lengths, placement="document", ranks=ranks, rank=rank, round_rows=round_rows
+        lengths, placement="document", ranks=ranks, rank=rank, exchange=exchange, ring_rows=1000
     )
     mine = torch.from_numpy(held).cuda()
     *qkv, dout = (x[mine] for x in whole)
@@ -52,9 +52,9 @@ def on_rank(rank: int, folder: str) -> None:
         "nccl", init_method=f"file://{folder}/store", rank=rank, world_size=2, device_id=device
     )
     for case, lengths in enumerate(LENGTHS):
-        for rows in ROUND_ROWS:
-            found = attend(rank, np.array(lengths), 2, dist.group.WORLD, round_rows=rows)
-            torch.save(found, f"{folder}/{case}-{rows}-{rank}.pt")
+        for exchange in EXCHANGES:
+            found = attend(rank, np.array(lengths), 2, dist.group.WORLD, exchange=exchange)
+            torch.save(found, f"{folder}/{case}-{exchange}-{rank}.pt")
     dist.destroy_process_group()
 
 
@@ -67,14 +67,14 @@ def test_two_gpus_compute_what_one_does(tmp_path: Path) -> None:
     for case, lengths in enumerate(LENGTHS):
         _, expected = attend(0, np.array(lengths), 1, None)
         _, again = attend(0, np.array(lengths), 1, None)
-        for rows in ROUND_ROWS:
+        for exchange in EXCHANGES:
             found = [torch.full_like(x, float("nan")) for x in expected]
             for rank in range(2):
-                mine, parts = torch.load(tmp_path / f"{case}-{rows}-{rank}.pt")
+                mine, parts = torch.load(tmp_path / f"{case}-{exchange}-{rank}.pt")
                 for whole, part in zip(found, parts, strict=True):
                     whole[mine] = part
-            if rows is None:
-                assert torch.equal(found[0], expected[0]), f"case {case}: the output differs"
+            if exchange != "ring":
+                assert torch.equal(found[0], expected[0]), f"case {case}, {exchange}: the output differs"
             else:  # rounded to bf16 once a round before they are merged
                 assert relative(found[0], expected[0]) <= 6e-3, f"case {case}: the output in rounds differs"
             for name, ours, one, other in zip(
@@ -83,5 +83,5 @@ def test_two_gpus_compute_what_one_does(tmp_path: Path) -> None:
                 difference = relative(ours, one)
                 # dk and dv of split documents are rounded to bf16 once a piece before they are added
                 assert difference <= max(2 * relative(one, other), 6e-3), (
-                    f"case {case}, rounds of {rows}: {name} differs by {difference:.1e}"
+                    f"case {case}, {exchange}: {name} differs by {difference:.1e}"
                 )

@@ -1,5 +1,5 @@
-"""Rounds: planned so that every visible pair is met once within the bound, executed to the dense oracle's
-result.
+"""The exchanges ring and ulysses: rounds that meet every visible pair once within their bound, and both
+executed to the dense oracle's result.
 """
 
 from __future__ import annotations
@@ -10,18 +10,19 @@ import torch
 import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_attention import BOUND, CASES, SCALE, dense, inputs
+from test_attention import BOUND, CASES, GROUPS, HEAD_DIM, SCALE, dense, inputs
 
 from anchor_megatron.attention.execute import planned_attention
 from anchor_megatron.attention.kernels_cpu import TorchCpuKernel
 from anchor_megatron.attention.plan_tensors import plan_arrays, plan_tensors
+from anchor_megatron.layout.exchanges import plan_exchange
 from anchor_megatron.layout.modes import MODES, attention_cu_seqlens, visible
 from anchor_megatron.layout.placement import PLACEMENTS, Placement, place
-from anchor_megatron.layout.plan import make_plan
-from anchor_megatron.layout.rounds import Round, make_rounds
+from anchor_megatron.layout.plan import Round, make_plan
+from anchor_megatron.layout.rounds import make_rounds
 from anchor_megatron.testing.ranks import run_ranks
 
-Case = tuple[np.ndarray, str, int]  # borders, placement, rows of a round
+Case = tuple[np.ndarray, str, str, int]  # borders, placement, exchange, rows of a round
 
 
 def arriving(rounds: list[list[Round]], tokens: list[np.ndarray], rank: int, number: int) -> np.ndarray:
@@ -82,17 +83,16 @@ def attend_on_rank(
 ) -> list[tuple[np.ndarray, list[torch.Tensor]]]:
     """For each case: the tokens this rank holds, and its rows of output, dq, dk, dv."""
     found = []
-    for borders, placement, rows in cases:
+    for borders, placement, exchange, rows in cases:
         window = int(borders[-1])
         placed = place(placement, borders, context_parallel_size=world_size, window_length=window)
-        plan = make_plan(placed, rank)
-        rounds = make_rounds(placed, rank, rows=rows) if rows else []
-        arrays = {name: torch.from_numpy(x).int() for name, x in plan_arrays(plan, rounds).items()}
+        plan = plan_exchange(placed, rank, exchange=exchange, ring_rows=rows)
+        arrays = {name: torch.from_numpy(x).int() for name, x in plan_arrays(plan).items()}
         mine = torch.from_numpy(plan.token_index)
         *leaves, dout = (x[mine].to(dtype).requires_grad_() for x in inputs(window, seed=1))
         out = planned_attention(
             *leaves,
-            plan=plan_tensors(plan, arrays, rounds),
+            plan=plan_tensors(plan, arrays),
             kernel=TorchCpuKernel(),
             scale=SCALE,
             group=dist.group.WORLD,
@@ -105,7 +105,7 @@ def attended(world_size: int, cases: list[Case], dtype: torch.dtype) -> list[lis
     """Whole output, dq, dk, dv of each case."""
     per_rank = run_ranks(world_size, attend_on_rank, cases, dtype)
     whole = []
-    for number, (borders, _, _) in enumerate(cases):
+    for number, (borders, *_) in enumerate(cases):
         parts = [torch.full_like(x, float("nan")) for x in inputs(int(borders[-1]), seed=1)]
         parts = [parts[3], parts[0], parts[1], parts[2]]
         for rank in range(world_size):
@@ -116,26 +116,83 @@ def attended(world_size: int, cases: list[Case], dtype: torch.dtype) -> list[lis
     return whole
 
 
-@pytest.mark.parametrize("world_size", [2, 3, 4])
-def test_rounds_equal_the_dense_oracle(world_size: int) -> None:
+def assert_dense(cases: list[Case], world_size: int) -> None:
+    for case, found in zip(cases, attended(world_size, cases, torch.float64), strict=True):
+        for name, one, expected in zip(("out", "dq", "dk", "dv"), found, dense(case[0], seed=1), strict=True):
+            error = (one - expected).abs().max().item()
+            assert error <= BOUND, f"{name} off by {error} for {np.diff(case[0])} {case[1:]}"
+
+
+def named_cases(exchange: str) -> list[Case]:
     cases: list[Case] = []
     for mode in MODES:
         for number, lengths in enumerate(CASES.values()):
             borders = np.cumsum([0, *lengths]).astype(np.int64)
             spans = attention_cu_seqlens(mode, borders, window_length=int(borders[-1]))
-            cases += [(spans, placement, 5 + 17 * (number % 3)) for placement in PLACEMENTS]
-    for (borders, placement, rows), found in zip(
-        cases, attended(world_size, cases, torch.float64), strict=True
-    ):
-        for name, one, expected in zip(("out", "dq", "dk", "dv"), found, dense(borders, seed=1), strict=True):
-            error = (one - expected).abs().max().item()
-            assert error <= BOUND, f"{name} off by {error} for {np.diff(borders)} {placement}, {rows} rows"
+            cases += [(spans, placement, exchange, 5 + 17 * (number % 3)) for placement in PLACEMENTS]
+    return cases
+
+
+@pytest.mark.parametrize("world_size", [2, 3, 4])
+def test_rounds_equal_the_dense_oracle(world_size: int) -> None:
+    assert_dense(named_cases("ring"), world_size)
+
+
+@pytest.mark.parametrize("world_size", [2, 4])  # of 4 query and 2 key/value heads: 1 and 2 copies of a head
+def test_heads_exchanged_equal_the_dense_oracle(world_size: int) -> None:
+    assert_dense(named_cases("ulysses"), world_size)
+
+
+def uneven_on_rank(rank: int, world_size: int) -> tuple[float, bool, str]:
+    """12 query and 4 key/value heads: a rank's 4 query heads read 2 of those unevenly. Largest difference
+    from one rank's gradients, whether the output is the same bit for bit, and what 8 query heads end in.
+    """
+    borders = np.array([0, 20, 48])
+    generator = torch.Generator().manual_seed(0)
+    whole = [torch.randn(48, n, HEAD_DIM, generator=generator) for n in (12, 4, 4, 12)]
+    results = []
+    for ranks in (1, world_size):
+        placed = place("contiguous", borders, context_parallel_size=ranks, window_length=48)
+        plan = plan_exchange(placed, rank % ranks, exchange="ulysses", ring_rows=1)
+        arrays = {name: torch.from_numpy(x).int() for name, x in plan_arrays(plan).items()}
+        tensors = plan_tensors(plan, arrays)
+        mine = torch.from_numpy(plan.token_index)
+        *leaves, dout = (x[mine].requires_grad_() for x in whole)
+        options = dict(plan=tensors, kernel=TorchCpuKernel(), scale=SCALE)
+        out = planned_attention(*leaves, **options, group=dist.group.WORLD)
+        results.append((out.detach(), *torch.autograd.grad(out, leaves, dout.detach())))
+    one, ours = results
+    message = ""
+    try:
+        planned_attention(*(x[:, :8] for x in leaves), **options, group=dist.group.WORLD)
+    except ValueError as error:
+        message = str(error)
+    difference = max(float((x - y[mine]).abs().max()) for x, y in zip(ours[1:], one[1:], strict=True))
+    return difference, torch.equal(ours[0], one[0][mine]), message
+
+
+def test_heads_that_are_shared_unevenly() -> None:
+    for difference, same, message in run_ranks(3, uneven_on_rank):
+        assert same and difference <= 1e-5, (same, difference)
+        assert message == "exchange ulysses: got 8 query heads, expected a multiple of the 3 ranks"
+
+
+def test_the_output_is_one_ranks_bit_for_bit() -> None:
+    """Of sparse and ulysses, in bf16; GROUPS heads are copied to 4 ranks."""
+    borders = np.array([0, 100, 1200])
+    whole = attended(1, [(borders, "document", "sparse", 0)], torch.bfloat16)[0][0]
+    cases: list[Case] = [
+        (borders, kind, exchange, 0) for kind in PLACEMENTS for exchange in ("sparse", "ulysses")
+    ]
+    assert GROUPS < 4
+    for case, found in zip(cases, attended(4, cases, torch.bfloat16), strict=True):
+        assert torch.equal(found[0], whole), case[1:]
 
 
 def test_merging_costs_less_than_another_rounding() -> None:
     """In bf16, against fp64 on the same bf16 inputs: at most twice the sparse exchange's error."""
     borders = np.array([0, 480, 2040])
-    cases: list[Case] = [(borders, "contiguous", 0), (borders, "contiguous", 64)]
+    cases: list[Case] = [(borders, "contiguous", "sparse", 0), (borders, "contiguous", "ring", 64)]
     sparse, ring = (found[0] for found in attended(4, cases, torch.bfloat16))
     *qkv, _ = (x.bfloat16().double() for x in inputs(2040, seed=1))
     scores = torch.einsum("tnh,knh->ntk", qkv[0], qkv[1].repeat_interleave(2, dim=1)) * SCALE
