@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_attention import BOUND, CASES, GROUPS, HEAD_DIM, SCALE, dense, inputs
+from test_attention import BOUND, CASES, HEAD_DIM, SCALE, dense, inputs
 
 from anchor_megatron.attention.execute import planned_attention
 from anchor_megatron.attention.kernels_cpu import TorchCpuKernel
@@ -177,14 +177,13 @@ def test_heads_that_are_shared_unevenly() -> None:
         assert message == "exchange ulysses: got 8 query heads, expected a multiple of the 3 ranks"
 
 
-def test_the_output_is_one_ranks_bit_for_bit() -> None:
-    """Of sparse and ulysses, in bf16; GROUPS heads are copied to 4 ranks."""
+def test_the_output_over_heads_is_one_ranks_bit_for_bit() -> None:
+    """In bf16, where 4 ranks share 2 key/value heads. (The sparse exchange's is too with GPU kernels, not with
+    this one, whose blocks begin where a piece does.)
+    """
     borders = np.array([0, 100, 1200])
     whole = attended(1, [(borders, "document", "sparse", 0)], torch.bfloat16)[0][0]
-    cases: list[Case] = [
-        (borders, kind, exchange, 0) for kind in PLACEMENTS for exchange in ("sparse", "ulysses")
-    ]
-    assert GROUPS < 4
+    cases: list[Case] = [(borders, placement, "ulysses", 0) for placement in PLACEMENTS]
     for case, found in zip(cases, attended(4, cases, torch.bfloat16), strict=True):
         assert torch.equal(found[0], whole), case[1:]
 
