@@ -178,8 +178,8 @@ def test_heads_that_are_shared_unevenly() -> None:
 
 
 def test_the_output_over_heads_is_one_ranks_bit_for_bit() -> None:
-    """In bf16, where 4 ranks share 2 key/value heads. (The sparse exchange's is too with GPU kernels, not with
-    this one, whose blocks begin where a piece does.)
+    """In bf16, where 4 ranks share 2 key/value heads. (The sparse exchange's is too with GPU kernels, not
+    with this one, whose blocks begin where a piece does.)
     """
     borders = np.array([0, 100, 1200])
     whole = attended(1, [(borders, "document", "sparse", 0)], torch.bfloat16)[0][0]

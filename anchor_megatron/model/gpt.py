@@ -9,6 +9,8 @@ the logits come out as ever.
 
 from __future__ import annotations
 
+import functools
+import logging
 from typing import Any
 
 from megatron.core.models.gpt import GPTModel
@@ -18,15 +20,37 @@ from megatron.core.tensor_parallel import (
     gather_from_tensor_model_parallel_region,
     scatter_to_sequence_parallel_region,
 )
+from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from anchor_megatron.model.core_attention import PlannedSeqParams
 from anchor_megatron.model.loss import summed_cross_entropy, token_cross_entropy
 from anchor_megatron.model.rotary import RotaryAngles
 
-__all__ = ["AnchorGPT"]
+__all__ = ["AnchorGPT", "fits_fused_rotary"]
+
+_log = logging.getLogger(__name__)
 
 _ROTARY_SLOT, _PADDING_SLOT = 1, 5  # of the tuple that GPTModel._preprocess returns
+
+
+def fits_fused_rotary(config: TransformerConfig, rows: int) -> bool:
+    """Whether TransformerEngine's rotary kernel can turn the keys of `rows` tokens where they lie, among
+    queries and values: it counts elements in 32 bits, and beyond that reads and writes elsewhere (seen with
+    2.11).
+
+    Megatron-Core's own rotary, which takes the kernel's place, rounds more often (docs/precision.md).
+    """
+    heads = config.num_attention_heads + 2 * (config.num_query_groups or config.num_attention_heads)
+    fits = rows * (heads // config.tensor_model_parallel_size) * (config.kv_channels or 0) < 2**31
+    if not fits:
+        _warn_of_length(rows)
+    return fits
+
+
+@functools.cache
+def _warn_of_length(rows: int) -> None:
+    _log.warning("%d tokens a rank: too long for the fused rotary kernel, taking Megatron-Core's own", rows)
 
 
 class AnchorGPT(GPTModel):
@@ -39,6 +63,7 @@ class AnchorGPT(GPTModel):
     def __init__(self, *args: Any, inverse_frequencies: Tensor, real_vocab_size: int, **kwargs: Any) -> None:
         super().__init__(*args, position_embedding_type="none", **kwargs)
         self.rotary_angles = RotaryAngles(inverse_frequencies)
+        self._fused_rotary = self.config.apply_rope_fusion
         self.real_vocab_size = real_vocab_size
 
     def _preprocess(
@@ -46,6 +71,9 @@ class AnchorGPT(GPTModel):
     ) -> tuple[Any, ...]:
         found = list(super()._preprocess(input_ids, position_ids, *args, **kwargs))
         found[_ROTARY_SLOT] = self.rotary_angles(position_ids[0])
+        self.config.apply_rope_fusion = self._fused_rotary and fits_fused_rotary(
+            self.config, position_ids.shape[1]
+        )
         padding_mask = found[_PADDING_SLOT]
         # the first stage has sharded it; Megatron-Core 0.16.1 forgets the others
         if padding_mask is not None and self.config.sequence_parallel and not self.pre_process:
