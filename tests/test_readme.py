@@ -15,6 +15,7 @@ from omegaconf import OmegaConf
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from anchor_megatron.config import describe, load_config, model_config
+from anchor_megatron.layout.exchanges import EXCHANGES
 from anchor_megatron.layout.modes import MODES
 from anchor_megatron.layout.placement import PLACEMENTS
 
@@ -56,7 +57,8 @@ KINDS = [
     ["python", "tools/show_plan.py"],
     ["python", "tools/profile_cp.py"],
     ["python", "pretrain_anchor.py", "--help"],
-    ["torchrun"],
+    ["torchrun", "--nproc-per-node", "4", "pretrain_anchor.py"],
+    ["torchrun", "--nproc-per-node", "4", "tools/compare_logits.py"],
     ["python", "examples/extend_small/run.py"],
     ["python", "tools/estimate.py"],
     ["sbatch"],
@@ -122,7 +124,7 @@ def test_data_commands_write_what_is_said(folder: Path) -> None:
 
 @pytest.mark.slow
 def test_the_training_line_trains(folder: Path) -> None:
-    [words] = commands("torchrun")
+    [words] = commands("torchrun", "--nproc-per-node", "4", "pretrain_anchor.py")
     program = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     metrics = folder / "metrics.jsonl"
     overrides = [f"data.train={folder / 'data' / 'corpus'}", f"log.jsonl={metrics}"]
@@ -161,6 +163,13 @@ def test_more_ranks_are_simulated(tmp_path: Path) -> None:
     for words in commands("python", "tools/profile_cp.py"):
         few = ["--cp", "2", "--windows", "1", "--output", str(tmp_path / "few")]
         assert "| ours: document, sparse" in run([sys.executable, *words[1:], *few], ROOT)
+
+
+@pytest.mark.slow
+def test_logits_are_compared() -> None:
+    [words] = commands("torchrun", "--nproc-per-node", "4", "tools/compare_logits.py")
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    assert "   4  ulysses            0.00e+00         yes" in run([*launch, *words[1:]], ROOT)
 
 
 def test_the_slurm_script_parses() -> None:
@@ -205,6 +214,6 @@ def test_named_fields_exist(name: str) -> None:
         assert field in known or field.endswith((".py", ".yaml")), f"{name} names the field {field}"
 
 
-def test_tables_name_all_modes_and_placements() -> None:
+def test_tables_name_all_modes_placements_and_exchanges() -> None:
     rows = re.findall(r"^\| `(\w+)` \|", README, flags=re.MULTILINE)
-    assert tuple(rows) == (*MODES, *PLACEMENTS)
+    assert tuple(rows) == (*MODES, *PLACEMENTS, *EXCHANGES)
