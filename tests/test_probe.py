@@ -100,14 +100,14 @@ def positions_of_another_mode(patch: pytest.MonkeyPatch) -> None:
 
 def swapped_keys(patch: pytest.MonkeyPatch) -> None:
     """Waiting pieces look their keys up at the wrong rows."""
-    make = batch.make_plan
+    make = batch.plan_exchange
 
-    def make_wrong(placed: Any, rank: int) -> Any:
-        plan = make(placed, rank)
+    def make_wrong(*placed: Any, **options: Any) -> Any:
+        plan = make(*placed, **options)
         plan.key_index[:] = plan.key_index[::-1].copy()
         return plan
 
-    patch.setattr(batch, "make_plan", make_wrong)
+    patch.setattr(batch, "plan_exchange", make_wrong)
 
 
 def unchanged_tokens(patch: pytest.MonkeyPatch) -> None:

@@ -40,6 +40,7 @@ from anchor_megatron.testing.rank_process import Answer, serve
 
 __all__ = ["RankError", "close_ranks", "run_ranks"]
 
+_RUNS = 10  # of a pool: torch does not end the threads of gloo groups that are gone, some 50 a training run
 _GRACE_SECONDS = 3.0  # after the first failure: how long the other ranks have to end or fail too
 
 
@@ -58,7 +59,7 @@ def run_ranks(world_size: int, fn: Callable[..., Any], *args: Any, timeout: floa
     if world_size < 1:
         raise ValueError(f"world_size: got {world_size}, expected at least 1")
     job = pickle.dumps((fn, args))
-    if _pool is not None and not _pool.alive():
+    if _pool is not None and (not _pool.alive() or _pool.runs >= _RUNS):
         close_ranks()
     if _pool is None:
         _pool = _RankPool()
