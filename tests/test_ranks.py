@@ -80,6 +80,11 @@ def test_results_come_back_in_order_of_rank_from_any_world_size() -> None:
         ] * world_size
 
 
+@pytest.fixture(autouse=True)
+def _ranks_are_new() -> None:
+    close_ranks()  # they are replaced every few runs anyway, which is not to happen between two of a test
+
+
 def test_processes_are_kept_from_run_to_run() -> None:
     three = run_ranks(3, process)
     assert len({*three, os.getpid()}) == 4

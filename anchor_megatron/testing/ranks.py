@@ -1,4 +1,4 @@
-"""Distributed functions under plain pytest: processes that start once and run one function after another.
+"""Distributed functions under plain pytest: processes that run one function after another, ten of them.
 
     def total(rank, world_size, scale):                      # at module level, so that a rank can import it
         x = torch.tensor([rank * scale])
