@@ -1,9 +1,9 @@
 """Where BF16 breaks rotary embedding and where it does not, on a model or on seeded random vectors.
 
-python tools/rope_precision.py                                          a small random model, 90 s without a
-GPU python tools/rope_precision.py --hf models/llama --text README.md       any Hugging Face checkpoint we
-know python tools/rope_precision.py --checkpoint build/demo/checkpoints      what a run saved python
-tools/rope_precision.py --preset llama-3-8b --tokens 2048        a random model of a published shape
+python tools/rope_precision.py                                      # a small random model, 90 s on a CPU
+python tools/rope_precision.py --hf models/llama --text README.md   # any Hugging Face checkpoint we know
+python tools/rope_precision.py --checkpoint build/demo/checkpoints  # what a run saved
+python tools/rope_precision.py --preset llama-3-8b --tokens 2048    # a random model of a published shape
 """
 
 from __future__ import annotations
