@@ -89,6 +89,7 @@ def rows_by_document(windows: list[Window], corpus: Corpus, tags: list[list[int]
     join=st.booleans(),
     shortest=st.integers(0, 8),
     interleave=st.sampled_from([0, 1, 5]),
+    shuffle=st.booleans(),
     labels=st.sampled_from([Labels(), Labels(anchor_loss=True), Labels(end_token=END)]),
     seed=st.integers(0, 5),
 )
@@ -103,6 +104,7 @@ def test_an_epoch_shows_every_token_once_and_in_order(
     join: bool,
     shortest: int,
     interleave: int,
+    shuffle: bool,
     labels: Labels,
     seed: int,
 ) -> None:
@@ -111,7 +113,7 @@ def test_an_epoch_shows_every_token_once_and_in_order(
     if not kept:
         return
     tags = [[7 * END], [8 * END, 9 * END, 9 * END]][: max(corpus.sources) + 1] if tagged else None
-    packing = Packing(kind, lookahead, 2, most_units, shortest, join, interleave)
+    packing = Packing(kind, lookahead, 2, most_units, shortest, join, interleave, shuffle)
     arguments: dict[str, Any] = dict(seq_length=seq_length, anchor_token=ANCHOR, seed=seed, labels=labels)
     dataset = WindowDataset(corpus, packing=packing, tags=tags, **arguments)
     windows = epoch_windows(dataset, 0)
@@ -175,6 +177,26 @@ def check_slots(window: Window, interleave: int) -> None:
 def assert_same(one: Window, other: Window) -> None:
     for name, value in vars(one).items():
         assert np.array_equal(value, getattr(other, name)), name
+
+
+def test_shuffled_windows_are_the_same_ones_and_mix_a_long_document(tmp_path: Path) -> None:
+    corpus = corpus_of(tmp_path, [400, *[5] * 100])
+    options: dict[str, Any] = dict(seq_length=11, anchor_token=ANCHOR, seed=3)
+    plain = WindowDataset(corpus, **options)
+    shuffled = WindowDataset(corpus, packing=Packing(shuffle=True), **options)
+    size = plain.windows_per_epoch(0)
+    shown = [shuffled[n] for n in range(size)]
+
+    def tokens(windows: Sequence[Window]) -> list[bytes]:
+        return [window.tokens.tobytes() for window in windows]
+
+    assert sorted(tokens(shown)) == sorted(tokens(epoch_windows(plain, 0)))
+    halves = [sum(0 in window.document_ids for window in half) for half in (shown[:50], shown[50:])]
+    assert min(halves) > 10, f"windows of the long document in each half: {halves}"
+    following = [shuffled[n] for n in range(size, size + shuffled.windows_per_epoch(1))]
+    assert tokens(following) != tokens(shown)
+    resumed = WindowDataset(corpus, packing=Packing(shuffle=True), **options)
+    assert_same(resumed[size + 7], following[7])
 
 
 def test_a_window_that_looking_ahead_left_empty_is_padding(tmp_path: Path) -> None:

@@ -111,6 +111,9 @@ class DataConfig:
     packing: str = "plain"
     """How documents fill windows: plain (end to end), best_fit (fewer are cut) or balanced (windows of a
     global batch have near-equal attention areas)."""
+    shuffle_windows: bool = True
+    """plain: train on an epoch's windows in random order, so that a document of many windows does not fill
+    whole batches; false: in the documents' order. The other packings mix their lookahead alone."""
     packing_lookahead: int = 8
     """best_fit, balanced: global batches whose documents are rearranged together."""
     num_workers: int = 2

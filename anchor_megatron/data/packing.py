@@ -9,7 +9,8 @@ cut goes on behind an anchor of its own. Two documents of 3 and 4 tokens, window
     window 0   a x y z a     the last slot holds an anchor alone: padding
     window 1   a p q r s
 
-Windows of 4 would be a x y z | a p q r | a s . . (padding, as the epoch is over). `Packing.kind` may look
+Windows of 4 would be a x y z | a p q r | a s . . (padding, as the epoch is over). With `Packing.shuffle` an
+epoch's windows come in random order, as a long document's would fill whole batches. `Packing.kind` may look
 ahead (arrange.py) over blocks of windows, and `interleave` shuffles chunks inside a window (interleave.py).
 
 Every token of every document that an epoch takes appears once in it, and every token but a document's first
@@ -29,7 +30,7 @@ from anchor_megatron.data.corpus import Corpus
 from anchor_megatron.data.documents import Documents
 from anchor_megatron.data.interleave import interleaved_slots
 from anchor_megatron.data.recipe import Recipe, make_groups
-from anchor_megatron.data.seeds import INTERLEAVE, REPACK, generator
+from anchor_megatron.data.seeds import INTERLEAVE, REPACK, SHUFFLE, generator
 from anchor_megatron.data.stream import Pieces, Stream, lay_out
 from anchor_megatron.data.window import Window
 
@@ -46,6 +47,7 @@ class Packing:
     shortest       documents of fewer tokens are left out, or
     join_short     joined to units of at least as many
     interleave     mean tokens of the chunks that are shuffled in a window; 0: documents stay whole
+    shuffle        plain: an epoch's windows in random order, not in that of the documents they are cut from
     """
 
     kind: str = "plain"
@@ -55,6 +57,7 @@ class Packing:
     shortest: int = 0
     join_short: bool = False
     interleave: int = 0
+    shuffle: bool = False
 
 
 class WindowDataset:
@@ -96,12 +99,15 @@ class WindowDataset:
                 "longest document holds"
             )
         self._streams: dict[int, Stream] = {}
+        self._orders: dict[int, np.ndarray] = {}
         self._blocks: dict[tuple[int, int], list[Pieces]] = {}
         self._first_windows = [0]  # of epochs 0, 1, ...; grows as later ones are asked for
 
     def __getitem__(self, n: int) -> Window:
         epoch, index = self.locate(n)
         stream = self._stream(epoch)
+        if self.packing.shuffle and self.packing.kind == "plain":
+            index = int(self._shuffled(epoch)[index])
         pieces = self._pieces(epoch, index)
         window = assemble(
             self.corpus, stream, pieces, seq_length=self.seq_length, leads=self.leads, labels=self.labels
@@ -136,6 +142,13 @@ class WindowDataset:
             )
             self._streams = {e: kept for e, kept in self._streams.items() if e == epoch - 1} | {epoch: made}
         return self._streams[epoch]
+
+    def _shuffled(self, epoch: int) -> np.ndarray:
+        """The windows of `epoch`, int64, as they are shown."""
+        if epoch not in self._orders:
+            drawn = generator(self.seed, SHUFFLE, epoch).permutation(self.windows_per_epoch(epoch))
+            self._orders = {e: kept for e, kept in self._orders.items() if e == epoch - 1} | {epoch: drawn}
+        return self._orders[epoch]
 
     def _pieces(self, epoch: int, index: int) -> Pieces:
         """The pieces of window `index` of `epoch`."""
@@ -185,4 +198,4 @@ class WindowDataset:
         return replace(window, slots=slots)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_streams": {}, "_blocks": {}}
+        return {**self.__dict__, "_streams": {}, "_orders": {}, "_blocks": {}}

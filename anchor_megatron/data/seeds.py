@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 
-__all__ = ["EPOCH", "GROUP", "INTERLEAVE", "REPACK", "generator"]
+__all__ = ["EPOCH", "GROUP", "INTERLEAVE", "REPACK", "SHUFFLE", "generator"]
 
-GROUP, EPOCH, REPACK, INTERLEAVE = range(4)
+GROUP, EPOCH, REPACK, INTERLEAVE, SHUFFLE = range(5)
 
 
 def generator(seed: int, purpose: int, number: int, *, group: int = 0) -> np.random.Generator:

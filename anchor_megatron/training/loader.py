@@ -85,6 +85,7 @@ def _packing(config: Config) -> Packing:
         kind=data.packing,
         lookahead=data.packing_lookahead,
         batch_windows=config.train.global_batch_size,
+        shuffle=config.data.shuffle_windows,
         most_units=data.max_documents,
         shortest=data.min_document_tokens,
         join_short=data.short_documents == "join",
