@@ -159,13 +159,16 @@ def batches(
     """This rank's batches from `first_step` on, planned ahead by `data.num_workers` processes."""
     dataset = BatchDataset(config, windows)
     workers = config.data.num_workers
-    windows.locate(first_step * config.train.global_batch_size)  # forked workers share the epoch's order
+    # Workers share the epoch's order, which takes gigabytes where there are 100 million documents, and begin at
+    # once: forked, whatever the process's own way to start others is
+    windows.locate(first_step * config.train.global_batch_size)
     return iter(
         DataLoader(
             dataset,
             batch_size=None,
             sampler=range(first_step * dataset.micro_batches, len(dataset)),
             num_workers=workers,
+            multiprocessing_context="fork" if workers else None,
             prefetch_factor=4 if workers else None,
             pin_memory=pin_memory,
             worker_init_fn=outlive_signals,
