@@ -78,7 +78,7 @@ def assemble(
     if labels.anchor_loss:
         led = borders[:-1][offsets == 0] + lead[offsets == 0]
         found[led - 1], mask[led - 1] = tokens[led], True
-    documents = stream.documents[first]
+    documents = stream.documents[first].astype(np.int64)
     if filled < seq_length:
         borders, documents = np.append(borders, seq_length), np.append(documents, -1)
         offsets = np.append(offsets, 0)

@@ -26,8 +26,8 @@ _SPLIT_SEED = 0x5917  # of no run: a document stays in its split whatever the se
 class Corpus:
     """The documents of `sets`, one data set after another.
 
-    lengths       int64 [documents], in tokens
-    sources       int64 [documents], each document's entry in `source_names`
+    lengths       integers [documents], in tokens
+    sources       integers [documents], each document's entry in `source_names`
     source_names  of all sets; one name is one source, whichever set it stands in
 
     ValueError where the sets were made for different anchors or vocabularies.
@@ -58,16 +58,17 @@ class Corpus:
         return range(self._firsts[number], self._firsts[number + 1])
 
     def split(self, number: int, shares: Sequence[float], name: str) -> np.ndarray:
-        """Documents int64, ascending, of set `number` in the split `name`; `shares` of SPLITS sum to 1."""
+        """Documents, ascending, of set `number` in the split `name`; `shares` of SPLITS sum to 1."""
         of = SPLITS.index(name)
         begin, end = sum(shares[:of]), sum(shares[: of + 1])
         every = self.members(number)
         size = len(every)
         first, last = (round(share / sum(shares) * size) for share in (begin, end))
+        numbers = np.arange(every.start, every.stop, dtype=_dtype_of(len(self)))
         if last - first == size:
-            return np.arange(every.start, every.stop)
-        shuffled = np.random.Generator(np.random.Philox(_SPLIT_SEED)).permutation(size)
-        return np.sort(shuffled[first:last]) + every.start
+            return numbers
+        np.random.Generator(np.random.Philox(_SPLIT_SEED)).shuffle(numbers)
+        return np.sort(numbers[first:last])
 
     def tokens(self, documents: ArrayLike, starts: ArrayLike, stops: ArrayLike) -> np.ndarray:
         """As `Documents.tokens`."""
@@ -88,18 +89,27 @@ class Corpus:
         return found
 
 
+def _dtype_of(count: int) -> type[np.signedinteger]:
+    """Of numbers below `count`: of 100 million documents one array is 400 MB, not 800."""
+    return np.int32 if count <= np.iinfo(np.int32).max else np.int64
+
+
 def _joined(arrays: Sequence[np.ndarray]) -> np.ndarray:
     return arrays[0] if len(arrays) == 1 else np.concatenate(arrays)
 
 
 def _sources(sets: Sequence[Documents]) -> tuple[list[str], np.ndarray]:
-    names: dict[str, int] = {}
+    own = [
+        [os.path.basename(one.prefix)] if one.document_sources is None else one.summary.sources
+        for one in sets
+    ]
+    names = list(dict.fromkeys(name for part in own for name in part))
+    entry = {name: np.min_scalar_type(len(names)).type(number) for number, name in enumerate(names)}
     parts = []
-    for one in sets:
-        own = [os.path.basename(one.prefix)] if one.document_sources is None else one.summary.sources
-        numbers = np.array([names.setdefault(name, len(names)) for name in own], dtype=np.int64)
+    for one, of_set in zip(sets, own, strict=True):
+        numbers = np.array([entry[name] for name in of_set])
         if one.document_sources is None:
             parts.append(np.broadcast_to(numbers[0], (len(one),)))
         else:
             parts.append(numbers[one.document_sources])
-    return list(names), _joined(parts)
+    return names, _joined(parts)

@@ -11,21 +11,19 @@ tokens make a .bin of 12 bytes, `lengths` 3 2 1, and `tokens([2, 0], [0, 1], [1,
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import os
-import struct
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from megatron.core.datasets.indexed_dataset import DType
 from numpy.typing import ArrayLike
 
-__all__ = ["Documents", "Summary", "tokenizer_folder"]
+from anchor_megatron.data.index import Index, in_parts
 
-_HEADER = struct.Struct("<9sQBQQ")  # magic, version, dtype code, sequences, document borders
-_INTEGERS = {one.value for one in DType if np.issubdtype(DType.dtype_from_code(one.value), np.integer)}
+__all__ = ["Documents", "Summary", "tokenizer_folder"]
 
 
 @dataclass(frozen=True)
@@ -76,10 +74,14 @@ def tokenizer_folder(prefix: str | Path) -> Path:
 
 
 class Documents:
-    """The documents under a prefix. Opening reads the index alone; tokens are mapped, not loaded.
+    """The documents under a prefix. Opening reads header and ends of the index; all else is mapped and
+    looked at when it is used: `lengths` as a whole when first asked for, what leads to a document when that
+    is read.
+    What nobody has asked for yet is looked at by `check.py`.
 
-    lengths           int64 [documents], in tokens
+    lengths           integers [documents], in tokens
     document_sources  integers [documents], entries of summary.sources; None where the set has none
+    index             the .idx file
 
     `vocab_size` is the model's; ids are checked against it (the tokenizer's where None), all of them by the
     summary on opening and those that are read once more. Raises ValueError naming the file for what is
@@ -103,50 +105,60 @@ class Documents:
         self._open()
 
     def _open(self) -> None:
-        self._dtype, sequence_lengths, borders = _read_index(self.prefix + ".idx")
-        ends = np.concatenate([[0], np.cumsum(sequence_lengths, dtype=np.int64)])
-        self._starts = ends[borders]
-        size, expected = os.path.getsize(self.prefix + ".bin"), int(ends[-1]) * self._dtype.itemsize
+        self.index = index = Index(self.prefix + ".idx")
+        size, expected = os.path.getsize(self.prefix + ".bin"), index.bytes
         if size != expected:
             raise ValueError(
                 f"{self.prefix}.bin: got {size} bytes, expected the {expected} that the index counts"
             )
         if not expected:
             raise ValueError(f"{self.prefix}.bin: got no tokens, expected at least one document")
-        self._tokens = np.asarray(np.memmap(self.prefix + ".bin", dtype=self._dtype, mode="r"))
-        self.lengths = np.diff(self._starts)
-        self.document_sources = self._read_sources()
-        counted, told = (len(self), int(ends[-1])), (self.summary.documents, self.summary.tokens)
+        self._tokens = np.asarray(np.memmap(self.prefix + ".bin", dtype=index.dtype, mode="r"))
+        counted, told = (len(self), self._tokens.size), (self.summary.documents, self.summary.tokens)
         if counted != told:
             raise ValueError(
                 f"{self.prefix}.json: got {told[0]} documents of {told[1]} tokens, expected {counted[0]} of "
                 f"{counted[1]} as the index beside it counts: they are of different data sets"
             )
+        self.document_sources = self._read_sources()
 
     def _read_sources(self) -> np.ndarray | None:
         path, names = self.prefix + "_sources.npy", self.summary.sources
         if not os.path.isfile(path):
             return None
-        found = np.load(path)
-        if found.shape != (len(self),) or found.dtype.kind not in "iu" or found.max(initial=0) >= len(names):
+        try:
+            found = np.asarray(np.lib.format.open_memmap(path, mode="r"))
+        except Exception as error:  # numpy raises many kinds for what is no array
+            raise ValueError(f"{path}: is no array of numpy's ({error})") from error
+        if (
+            found.shape != (len(self),)
+            or found.dtype.kind not in "iu"
+            or not all(0 <= part.min() and part.max() < len(names) for _, part in in_parts(found))
+        ):
             raise ValueError(
                 f"{path}: got {found.dtype} {found.shape}, expected for each of {len(self)} documents an "
                 f"entry of the {len(names)} sources in {self.prefix}.json"
             )
         return found
 
+    @functools.cached_property
+    def lengths(self) -> np.ndarray:
+        """ValueError naming the index where it counts other tokens than lie in the file."""
+        return self.index.lengths()
+
     def __len__(self) -> int:
-        return self.lengths.size
+        return self.index.documents
 
     def tokens(self, documents: ArrayLike, starts: ArrayLike, stops: ArrayLike) -> np.ndarray:
         """Tokens [start, stop) of one document or of several, one after another: int64 [sum of lengths].
 
-        ValueError naming file and document for an id that is no token.
+        ValueError naming file and document for an id that is no token, and for a document that the index has
+        lie outside the file.
         """
         chosen, begins, ends = (np.atleast_1d(values) for values in (documents, starts, stops))
         counts = ends - begins
         firsts = np.cumsum(counts) - counts
-        places = np.repeat(self._starts[chosen] + begins - firsts, counts)
+        places = np.repeat(self.index.starts(chosen, self.lengths[chosen]) + begins - firsts, counts)
         places += np.arange(places.size)
         found = self._tokens[places].astype(np.int64)
         unsigned = found.view(np.uint64)  # in which a negative id is a large one
@@ -165,27 +177,3 @@ class Documents:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self._open()
-
-
-def _read_index(path: str) -> tuple[np.dtype, np.ndarray, np.ndarray]:
-    """Token dtype, sequence lengths int32 [n] and document borders int64 [documents + 1] of an .idx file.
-
-    Checked before anything is allocated: a header may claim any size.
-    """
-    size = os.path.getsize(path)
-    with open(path, "rb") as file:
-        head = file.read(_HEADER.size)
-    if len(head) < _HEADER.size or not head.startswith(b"MMIDIDX\x00\x00"):
-        raise ValueError(f"{path}: got {head[:9]!r}, expected an index of Megatron's format (MMIDIDX)")
-    _, version, code, sequences, borders = _HEADER.unpack(head)
-    expected = _HEADER.size + sequences * (4 + 8) + borders * 8
-    if version != 1 or code not in _INTEGERS or size != expected or borders < 1:
-        raise ValueError(
-            f"{path}: got {size} bytes, version {version}, dtype code {code}; expected {expected} bytes for "
-            f"the {sequences} sequences its header counts, version 1, integers"
-        )
-    lengths = np.fromfile(path, dtype=np.int32, count=sequences, offset=_HEADER.size)
-    where = np.fromfile(path, dtype=np.int64, count=borders, offset=_HEADER.size + sequences * 12)
-    if (lengths < 0).any() or where[0] != 0 or where[-1] != sequences or (np.diff(where) < 0).any():
-        raise ValueError(f"{path}: document borders do not rise from 0 to its {sequences} sequences")
-    return np.dtype(DType.dtype_from_code(code)), lengths, where

@@ -29,7 +29,7 @@ SAMPLERS = ("plain", "upsample_long")  # every document once an epoch; long ones
 
 @dataclass(frozen=True)
 class Group:
-    """Documents int64 that are taken alike; `taken` of them an epoch, more than there are if they repeat."""
+    """Documents that are taken alike; `taken` of them an epoch, more than there are if they repeat."""
 
     documents: np.ndarray
     taken: float
@@ -42,7 +42,7 @@ class Recipe:
         self.groups, self.seed = tuple(groups), seed
 
     def order(self, epoch: int) -> np.ndarray:
-        """Documents int64 of `epoch`, in order."""
+        """Documents of `epoch`, in order."""
         parts = [self._taken(number, epoch) for number in range(len(self.groups))]
         if len(parts) == 1:
             return parts[0]

@@ -38,7 +38,7 @@ class Pieces:
 class Stream:
     """An epoch of d documents in u units.
 
-    documents     int64 [d]    in order; none is empty
+    documents     integers [d] in order; none is empty
     borders       int64 [d+1]  own tokens before each
     unit_borders  int64 [u+1]  own tokens before each unit; `borders` where each document is one
     leads         int64 [u]    slots in front of each piece of a unit
@@ -86,10 +86,12 @@ def lay_out(
     dropped, units = np.zeros(0, dtype=np.int64), None
     if join and (is_short & (lengths > 0)).any():
         order, units = _join(corpus, order[lengths > 0], shortest)
+        lengths = corpus.lengths[order]
     elif is_short.any():
         dropped = (np.cumsum(lengths * ~is_short))[is_short & (lengths > 0)]
-        order = order[~is_short]
-    borders = np.concatenate([[0], np.cumsum(corpus.lengths[order])])
+        order, lengths = order[~is_short], lengths[~is_short]
+    borders = _before(lengths)
+    del lengths, is_short  # of 100 million documents half a gigabyte, while windows are looked for
     heads = order if units is None else order[units[:-1]]
     if (leads == leads[0]).all():
         own_leads = np.broadcast_to(leads[0], heads.shape)
@@ -98,6 +100,13 @@ def lay_out(
     unit_borders = borders if units is None else borders[units]
     windows = window_starts(unit_borders, own_leads, seq_length=seq_length, most_units=most_units)
     return Stream(order, borders, unit_borders, own_leads, windows, dropped)
+
+
+def _before(lengths: np.ndarray) -> np.ndarray:
+    """What lies before each of several things of `lengths`, and before the end: int64 [n+1]."""
+    before = np.zeros(lengths.size + 1, dtype=np.int64)
+    np.cumsum(lengths, out=before[1:])
+    return before
 
 
 def _join(corpus: Corpus, order: np.ndarray, shortest: int) -> tuple[np.ndarray, np.ndarray]:
@@ -134,7 +143,8 @@ def window_starts(
     and hold up to the first that is otherwise: where leads are alike, the work grows with the number of such
     ends, not of documents.
     """
-    slots = unit_borders + np.concatenate([[0], np.cumsum(leads)])
+    slots = _before(leads)
+    slots += unit_borders
     total, at, block, unit = int(slots[-1]), 0, _BLOCK, 0
     parts: list[np.ndarray] = []
     while at < total:
