@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
+from anchor_megatron.config import data_config
 from anchor_megatron.layout.describe import describe_plans, draw_plans
 from anchor_megatron.layout.modes import MODES, attention_cu_seqlens, positions
 from anchor_megatron.layout.placement import PLACEMENTS, place
@@ -26,12 +27,14 @@ def main() -> int:
     source.add_argument(
         "--lengths", help="lengths of the window's documents in tokens, anchors included: 5,9,1"
     )
-    source.add_argument("--data", metavar="PREFIX", help="a data set, of which one window is shown")
-    parser.add_argument("--window", type=int, default=0, help="number of the data set's window (%(default)s)")
-    parser.add_argument(
-        "--seq-length", type=int, default=4096, help="tokens of the data set's windows (%(default)s)"
+    source.add_argument(
+        "--data",
+        metavar="PREFIX|CONFIG",
+        help="a data set, or a run's YAML file, of which one window is shown",
     )
-    parser.add_argument("--seed", type=int, default=1234, help="train.seed of the run (%(default)s)")
+    parser.add_argument("--window", type=int, default=0, help="number of the data's window (%(default)s)")
+    parser.add_argument("--seq-length", type=int, help="tokens of the data's windows (data.seq_length)")
+    parser.add_argument("--seed", type=int, help="of the run (train.seed)")
     parser.add_argument("--cp", type=int, required=True, help="context-parallel size")
     parser.add_argument("--mode", choices=MODES, default="anchor")
     parser.add_argument("--placement", choices=PLACEMENTS, default="document")
@@ -72,14 +75,12 @@ def parse_lengths(text: str) -> np.ndarray:
 
 
 def read_window(given: argparse.Namespace) -> np.ndarray:
-    """Document borders of one window of a data set."""
-    from anchor_megatron.data.documents import Documents
-    from anchor_megatron.data.packing import WindowDataset
+    """Document borders of one window of a data set, as a run has it."""
+    from anchor_megatron.training.loader import open_windows
 
-    documents = Documents(given.data)
-    anchor = documents.summary.anchor_token
-    windows = WindowDataset(documents, seq_length=given.seq_length, anchor_token=anchor, seed=given.seed)
-    return windows[given.window].cu_seqlens
+    fields = {"data.seq_length": given.seq_length, "train.seed": given.seed}
+    overrides = [f"{name}={value}" for name, value in fields.items() if value is not None]
+    return open_windows(data_config(given.data, overrides))[given.window].cu_seqlens
 
 
 if __name__ == "__main__":

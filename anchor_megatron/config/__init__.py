@@ -21,7 +21,7 @@ from anchor_megatron.config.fields import (
     ParallelConfig,
     TrainConfig,
 )
-from anchor_megatron.config.files import load_config, model_config, save_config
+from anchor_megatron.config.files import data_config, load_config, model_config, save_config
 
 __all__ = [
     "AttentionConfig",
@@ -34,6 +34,7 @@ __all__ = [
     "ParallelConfig",
     "TrainConfig",
     "check_config",
+    "data_config",
     "data_parallel_size",
     "data_sets",
     "describe",

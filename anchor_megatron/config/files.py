@@ -33,6 +33,22 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
     return config
 
 
+def data_config(target: str, overrides: list[str] | None = None) -> Config:
+    """The configuration in the YAML file `target`, or one of the data set with the prefix `target`, with
+    dotted `overrides`: for tools that look at data. ValueError as from `load_config`.
+    """
+    if target.endswith((".yaml", ".yml")):
+        return load_config(target, overrides)
+    words = [f"data.train={target}", *(overrides or [])]
+    try:
+        given = OmegaConf.from_dotlist(words)
+    except Exception as error:  # as in load_config
+        raise ValueError(f"configuration {' '.join(words)}: {error}") from error
+    config = _structured(given, "of the command line")
+    check_config(config)
+    return config
+
+
 def model_config(values: dict[str, Any]) -> ModelConfig:
     """A `ModelConfig` from a dictionary (as in a checkpoint), presets expanded, unknown keys refused."""
     return _structured(OmegaConf.create({"model": values, "data": {"train": "-"}}), "model").model

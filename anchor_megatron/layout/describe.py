@@ -10,7 +10,7 @@ import numpy as np
 from anchor_megatron.layout.placement import Placement, balance, piece_areas
 from anchor_megatron.layout.plan import Plan, make_plans
 
-__all__ = ["describe_plans", "draw_plans"]
+__all__ = ["describe_plans", "draw_plans", "spans"]
 
 
 def describe_plans(placement: Placement, positions: np.ndarray) -> str:
@@ -45,7 +45,7 @@ def _piece_lines(placement: Placement, rank: int, positions: np.ndarray) -> list
         lines.append(
             f"  rows {row:>4}-{row + stop - start:<4}  document {placement.document[piece]}, "
             f"its tokens {start - begin}-{stop - begin} "
-            f"(window {start}-{stop}, positions {_spans(positions[start:stop])})  "
+            f"(window {start}-{stop}, positions {spans(positions[start:stop])})  "
             f"{'local' if start == begin else waits}  area {areas[piece]}"
         )
         row += int(stop - start)
@@ -58,7 +58,7 @@ def _send_lines(plan: Plan) -> list[str]:
     for destination, count in enumerate(plan.send_counts):
         if count:
             tokens = plan.token_index[plan.send_index[begin : begin + count]]
-            lines.append(f"  sends {count} rows to rank {destination}: window {_spans(tokens)}")
+            lines.append(f"  sends {count} rows to rank {destination}: window {spans(tokens)}")
         begin += count
     return lines
 
@@ -70,7 +70,7 @@ def _holders(placement: Placement, piece: int) -> str:
     return ", ".join(f"rank {rank} ({int(count)})" for rank, count in enumerate(counts) if count)
 
 
-def _spans(values: np.ndarray) -> str:
+def spans(values: np.ndarray) -> str:
     """0 5 6 7 -> "0, 5-8" (half-open runs)."""
     breaks = np.flatnonzero(np.diff(values) != 1) + 1
     runs = np.split(values, breaks)

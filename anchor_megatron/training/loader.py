@@ -159,8 +159,8 @@ def batches(
     """This rank's batches from `first_step` on, planned ahead by `data.num_workers` processes."""
     dataset = BatchDataset(config, windows)
     workers = config.data.num_workers
-    # Workers share the epoch's order, which takes gigabytes where there are 100 million documents, and begin at
-    # once: forked, whatever the process's own way to start others is
+    # Workers share the epoch's order, gigabytes where there are 100 million documents, and begin at
+    # once, as they are forked (a process may have another way to start others)
     windows.locate(first_step * config.train.global_batch_size)
     return iter(
         DataLoader(
