@@ -309,7 +309,7 @@ def test_windows_are_the_same_on_any_replicas_workers_and_after_resuming(
     [[*straight]] = shards(monkeypatch, config, replicas=1, first_step=0)
     expected = rows(straight)
     assert len(expected) == 24 * 8
-    for replicas, workers, first in ((8, 0, 0), (8, 1, 13), (1, 4, 5), (2, 1, 23)):
+    for replicas, workers, first in ((8, 0, 0), (8, 1, 13), (1, 4, 5), (8, 4, 20), (2, 1, 23)):
         config.data.num_workers = workers
         found = [
             rows(batches) for batches in shards(monkeypatch, config, replicas=replicas, first_step=first)

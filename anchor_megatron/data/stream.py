@@ -116,10 +116,10 @@ def _join(corpus: Corpus, order: np.ndarray, shortest: int) -> tuple[np.ndarray,
     Short documents of a source, in order, are cut into runs where their tokens pass multiples of twice
     `shortest`; each run then has at least `shortest`. What is left at the end joins the run before it.
     """
-    lengths = corpus.lengths[order]
-    unit = np.arange(order.size)  # the entry that leads each document's unit
-    for source in np.unique(corpus.sources[order]):
-        entries = np.flatnonzero((corpus.sources[order] == source) & (lengths < shortest))
+    lengths, sources = corpus.lengths[order], corpus.sources[order]
+    unit = np.arange(order.size, dtype=order.dtype)  # the entry that leads each document's unit
+    for source in range(len(corpus.source_names)):
+        entries = np.flatnonzero((sources == source) & (lengths < shortest))
         before = np.cumsum(lengths[entries]) - lengths[entries]
         run = before // (2 * shortest)
         if run.size and run[-1] and lengths[entries[run == run[-1]]].sum() < shortest:

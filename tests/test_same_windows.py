@@ -1,0 +1,134 @@
+"""The same (seed, step) gives the same windows: on any number of replicas, from any step, under any options.
+
+One reader goes straight through all steps; readers that begin anew at any step, as a resumed run does, and
+see only their replica's share must find the same windows. `test_windows.py` has the loader's workers.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_packing import ANCHOR
+from test_windows import assert_same, corpus_of
+
+from anchor_megatron.config import Config
+from anchor_megatron.data.arrange import PACKINGS
+from anchor_megatron.data.packing import Packing, WindowDataset
+from anchor_megatron.data.window import Window
+from anchor_megatron.testing.models import tiny_config
+from anchor_megatron.training import loader, setup
+
+STEPS, GLOBAL_BATCH = 12, 8
+
+
+@pytest.fixture(scope="module")
+def sets(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """Two data sets of 60 documents: a run of all steps goes through them more than once."""
+    found = []
+    generator = np.random.default_rng(0)
+    lengths = [300, *generator.integers(1, 80, 60).tolist()]
+    for weight, name in enumerate(("a", "b"), 1):
+        folder = tmp_path_factory.mktemp(name)
+        shuffled = generator.permutation(lengths).tolist()  # of as many tokens: one vocabulary
+        corpus_of(folder, shuffled, generator.integers(0, 2, 61).tolist())
+        found.append(dict(prefix=str(folder / "set"), weight=float(weight)))
+    return found
+
+
+def windows_of(config: Config, *, step: int, replica: int, replicas: int) -> list[Window]:
+    """What a replica that starts at `step` reads in that step, and nothing before it."""
+    state = SimpleNamespace(
+        get_data_parallel_rank=lambda: replica,
+        get_data_parallel_world_size=lambda: replicas,
+        get_context_parallel_rank=lambda: 0,
+        get_context_parallel_world_size=lambda: 1,
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loader, "parallel_state", state)
+        patch.setattr(setup, "parallel_state", state)
+        dataset = loader.BatchDataset(config, loader.open_windows(config))
+        batches = range(step * dataset.micro_batches, (step + 1) * dataset.micro_batches)
+        return [window for batch in batches for window in dataset.windows_of(batch)]
+
+
+@settings(max_examples=40)
+@given(
+    kind=st.sampled_from(PACKINGS),
+    lookahead=st.integers(1, 3),
+    interleave=st.sampled_from([0, 9]),
+    sampler=st.sampled_from(["plain", "upsample_long"]),
+    blend=st.booleans(),
+    split=st.sampled_from([[1.0, 0.0, 0.0], [0.7, 0.2, 0.1]]),
+    short=st.sampled_from([(0, "drop"), (20, "drop"), (20, "join")]),
+    layout=st.sampled_from([(1, 2), (1, 8), (2, 1), (2, 4), (4, 2), (8, 1)]),
+    step=st.integers(0, STEPS - 1),
+    seed=st.integers(0, 3),
+)
+def test_any_replica_at_any_step_reads_its_share(
+    sets: list[dict[str, Any]],
+    kind: str,
+    lookahead: int,
+    interleave: int,
+    sampler: str,
+    blend: bool,
+    split: list[float],
+    short: tuple[int, str],
+    layout: tuple[int, int],
+    step: int,
+    seed: int,
+) -> None:
+    replicas, micro_batch_size = layout
+    data = dict(
+        train=sets if blend else sets[0]["prefix"], seq_length=96, packing=kind, packing_lookahead=lookahead,
+        interleave=interleave, sampler=sampler, long_tokens=60, split=split, min_document_tokens=short[0],
+        short_documents=short[1],
+    )  # fmt: skip
+    train = dict(steps=STEPS, global_batch_size=GLOBAL_BATCH, micro_batch_size=micro_batch_size, seed=seed)
+    config = tiny_config(vocab_size=10**6, data=data, train=train)
+    reader = loader.open_windows(config)
+    straight = [reader[n] for n in range((step + 1) * GLOBAL_BATCH)][step * GLOBAL_BATCH :]
+    shares = [
+        windows_of(config, step=step, replica=replica, replicas=replicas) for replica in range(replicas)
+    ]
+    groups = GLOBAL_BATCH // (replicas * micro_batch_size)
+    together = [
+        window
+        for group in range(groups)
+        for share in shares
+        for window in share[group * micro_batch_size : (group + 1) * micro_batch_size]
+    ]
+    assert len(together) == GLOBAL_BATCH
+    for one, other in zip(together, straight, strict=True):
+        assert_same(one, other)
+
+
+@pytest.mark.parametrize("interleave", [0, 1000])
+@pytest.mark.parametrize("kind", PACKINGS)
+def test_a_document_of_millions_of_tokens_is_told_in_order(
+    tmp_path: Path, kind: str, interleave: int
+) -> None:
+    length = 3_000_000
+    corpus = corpus_of(tmp_path, [40_000, length, 700, 90_000])
+    packing = Packing(kind, lookahead=2, batch_windows=4, interleave=interleave)
+    dataset = WindowDataset(corpus, seq_length=131_072, anchor_token=ANCHOR, seed=1, packing=packing)
+    first = 2 + 40_000  # the document's first token; its tokens count on
+    parts = []
+    for n in range(dataset.windows_per_epoch(0)):
+        window = dataset[n]
+        told = window.tokens if window.slots is None else window.tokens[np.argsort(window.slots)]
+        own = told[(told >= first) & (told < first + length)]
+        assert (np.diff(own) > 0).all(), "in order inside a window"
+        parts.append(own)
+        of_it = np.isin(window.tokens, own) & window.loss_mask
+        assert np.array_equal(window.labels[of_it], window.tokens[of_it] + 1), "each predicts the next"
+    every = np.concatenate(parts)
+    assert sum(part.size > 0 for part in parts) > length // 131_072
+    assert np.array_equal(np.sort(every), np.arange(first, first + length)), "each token once"
+    if kind == "plain":
+        assert (np.diff(every) == 1).all(), "in order across windows"
