@@ -34,8 +34,6 @@ def bad_input(tmp_path: Path, name: str, content: bytes) -> Path:
     ("name", "content", "message"),
     [
         ("empty.txt", b"", "empty.txt: is empty"),
-        ("blank.txt", b" \n", "blank.txt: holds no text"),
-        ("blank.jsonl", b'{"text": ""}\n', "blank.jsonl: holds no text"),
         ("bytes.txt", b"good \xff bad", "bytes.txt: byte 5 is not UTF-8"),
         ("bytes.jsonl", b'{"text": "a"}\n{"text": "\xff"}\n', "bytes.jsonl:2: byte 10 is not UTF-8"),
         ("broken.jsonl", b'{"text": "a"}\n{"text": \n', "broken.jsonl:2: is not JSON"),
@@ -45,6 +43,8 @@ def bad_input(tmp_path: Path, name: str, content: bytes) -> Path:
             r"keys.jsonl:3: got keys \['body'\], expected 'text'",
         ),
         ("list.jsonl", b'["a"]\n', "list.jsonl:1: got a JSON list"),
+        ("binary.txt", b"good \0 bad", "binary.txt: got a NUL at character 5"),
+        ("nul.jsonl", b'{"text": "a\\u0000"}\n', "nul.jsonl:1: got a NUL at character 1"),
         ("number.jsonl", b'{"text": 1}\n', "number.jsonl:1: got a int under 'text'"),
         ("half.jsonl", b'{"text": "a"}\n{"text": "\\ud83d"}\n', "half.jsonl:2: got the lone surrogate"),
         ("deep.jsonl", b"[" * 100_000, "deep.jsonl:1: is not JSON"),

@@ -19,9 +19,10 @@ import numpy as np
 import pytest
 
 from anchor_megatron.data.documents import Documents
+from anchor_megatron.data.encode import Batch, Encoder
 from anchor_megatron.data.pool import encoded
 from anchor_megatron.data.preprocess import Job, preprocess
-from anchor_megatron.data.records import Encoder, Record
+from anchor_megatron.data.records import Form, Record
 from anchor_megatron.data.tokenizer import load_tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -53,7 +54,7 @@ def test_jsonl_and_text_and_workers_give_the_same_tokens(trained: Path, tmp_path
     (tmp_path / "set.jsonl").write_text("\n\n".join(lines))
     tokenizer = trained.parent / "set_tokenizer"
     output = tmp_path / "jsonl"
-    preprocess(Job((tmp_path / "set.jsonl",), output, tokenizer=tokenizer, json_key="body", workers=2))
+    preprocess(Job((tmp_path / "set.jsonl",), output, tokenizer=tokenizer, text_key="body", workers=2))
     for suffix in (".bin", ".idx"):
         assert Path(f"{output}{suffix}").read_bytes() == Path(f"{trained}{suffix}").read_bytes()
 
@@ -76,7 +77,7 @@ def test_documents_without_text_are_left_out_and_counted(trained: Path, tmp_path
     inputs = (tmp_path / "some.jsonl", tmp_path / "folder")
     job = Job(inputs, tmp_path / "out", tokenizer=trained.parent / "set_tokenizer", append_eod=True)
     summary, _ = preprocess(job)
-    assert (summary.documents, summary.empty, summary.sources) == (3, 3, ["some.jsonl", "folder"])
+    assert (summary.documents, summary.empty, summary.sources) == (3, 3, [])
     assert (Documents(tmp_path / "out").lengths > 1).all(), "an EOS alone is no document"
 
 
@@ -106,13 +107,13 @@ def test_overwriting_replaces_the_whole_set(trained: Path, tmp_path: Path) -> No
 
 def test_workers_keep_the_order_and_read_little_ahead(trained: Path) -> None:
     source = (trained.parent / "set_tokenizer" / "tokenizer.json").read_text()
-    make_encoder = partial(Encoder.open, source, "text", np.dtype(np.int32), [])
+    make_encoder = partial(Encoder.open, source, Form(), np.dtype(np.int32), 500, (), False)
     read = []
 
-    def batches() -> Iterator[list[Record]]:
+    def batches() -> Iterator[Batch]:
         for number in range(24):
             read.append(number)  # every other batch takes a worker longer
-            yield [Record(str(number), 0, b"def %d(): pass\n" % number * (1, 5000)[number % 2])]
+            yield Batch([Record(str(number), b"def %d(): pass\n" % number * (1, 5000)[number % 2])])
 
     expected = [one.ids for one in encoded(make_encoder, batches(), workers=1)]
     read.clear()
@@ -125,7 +126,7 @@ def test_workers_keep_the_order_and_read_little_ahead(trained: Path) -> None:
 
 def test_a_worker_that_dies_ends_the_run() -> None:
     with pytest.raises(BrokenProcessPool):
-        list(encoded(partial(os._exit, 3), iter([[Record("a", 1, b"x")]]), workers=2))
+        list(encoded(partial(os._exit, 3), iter([Batch([Record("a", b"x")])]), workers=2))
 
 
 def test_the_command_prints_a_summary_or_one_message(

@@ -41,7 +41,9 @@ class Summary:
     tokenizer: str
     """Folder of the tokenizer, relative to the summary's."""
     sources: list[str]
-    """Names of the inputs."""
+    """Names that PREFIX_sources.npy numbers; none where documents have no source."""
+    skipped: int = 0
+    """Records that could not be used and were left out (PREFIX_skipped.json says why)."""
 
     def write(self, path: Path) -> None:
         """Writes the summary as JSON."""

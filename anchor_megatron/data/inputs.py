@@ -1,67 +1,98 @@
-"""From the paths a user names to batches of raw documents.
+"""From what a user names to files, each with its kind and the source its documents are from.
 
-    a.jsonl  src/  ->  a.jsonl src/x.py src/y.py  ->  Record("a.jsonl", 1, b'{"text": ...'), ...  ->  batches
+    "data/*.jsonl.gz" src/     a.jsonl.gz  jsonl     b.jsonl.gz  jsonl     src/x.py  text
 
-A line of a .jsonl file is one document, any other file is one. Files are read one at a time and lines one by
-one, so memory does not grow with the input.
+A folder stands for its files at any depth; one that Hugging Face's `datasets` saved is read as the table it
+is. Files are taken in the order of the inputs, those of a pattern or a folder sorted.
 """
 
 from __future__ import annotations
 
+import glob
+import json
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
-from anchor_megatron.data.records import Record
+__all__ = ["KINDS", "InputFile", "input_files"]
 
-__all__ = ["batches", "input_files", "records"]
+_ENDINGS = {".jsonl": "jsonl", ".parquet": "parquet", ".arrow": "arrow", ".idx": "indexed"}
+KINDS = ("text", *_ENDINGS.values())
+_COMPRESSIONS = (".gz", ".zst")
 
-_BATCH_BYTES = 1 << 20  # of documents that go to a worker at once
 
+@dataclass(frozen=True)
+class InputFile:
+    """One file of documents.
 
-def input_files(inputs: Iterable[Path], suffixes: tuple[str, ...] = ()) -> list[Path]:
-    """The files behind `inputs`, those of a folder (at any depth) sorted and, where given, with one of
-    `suffixes`; ValueError naming what is missing or empty.
+    kind    jsonl (a line is a document), parquet and arrow (a row is one), indexed (Megatron's .idx, the .bin
+            beside it), text (the file is one)
+    source  name of all its documents' source; None where they name it themselves or have none
+    named   named by the user, not found in a folder or by a pattern
     """
-    files: list[Path] = []
-    for path in inputs:
+
+    path: Path
+    kind: str
+    source: str | None = None
+    named: bool = False
+
+
+def input_files(
+    inputs: Iterable[str | Path], suffixes: tuple[str, ...] = (), source_from: str | None = None
+) -> list[InputFile]:
+    """The files behind `inputs`: files, folders (where given, of files with one of `suffixes`), patterns.
+
+    `source_from`: "file" (a file's name without its endings is its documents' source), "folder" or None.
+    ValueError naming what is missing or empty.
+    """
+    found: list[InputFile] = []
+    for one in inputs:
+        path = Path(one)
         if path.is_dir():
-            found = sorted(one for one in path.rglob("*") if one.is_file())
-            found = [one for one in found if not suffixes or one.suffix in suffixes]
-            if not found:
-                raise ValueError(
-                    f"{path}: holds no files{' ending in ' * bool(suffixes)}{', '.join(suffixes)}"
-                )
-            files += found
-        elif not path.is_file():
-            raise ValueError(f"{path}: no such file or folder")
-        elif not path.stat().st_size:
-            raise ValueError(f"{path}: is empty, expected text")
+            paths, named = list(_in_folder(path, suffixes)), False
+        elif path.exists():
+            paths, named = [path], True
         else:
-            files.append(path)
-    return files
+            paths, named = [Path(match) for match in sorted(glob.glob(str(one), recursive=True))], False
+            paths = [match for match in paths if match.is_file() and match.stat().st_size]
+        if not paths:
+            raise ValueError(f"{one}: no such file or folder, and no pattern of any")
+        found += [_described(path, named, source_from) for path in paths]
+    return [file for file in found if file is not None]
 
 
-def records(files: Iterable[Path]) -> Iterator[Record]:
-    """The documents of `files` as they lie there; blank lines of JSONL are none."""
-    for path in files:
-        if path.suffix != ".jsonl":
-            yield Record(str(path), 0, path.read_bytes())
-            continue
-        with path.open("rb") as file:
-            for number, line in enumerate(file, start=1):
-                if not line.isspace():
-                    yield Record(str(path), number, line)
+def _in_folder(folder: Path, suffixes: tuple[str, ...]) -> Iterator[Path]:
+    if (folder / "dataset_dict.json").is_file():
+        splits = json.loads((folder / "dataset_dict.json").read_text()).get("splits", [])
+        raise ValueError(f"{folder}: holds several data sets, expected one of them: {', '.join(splits)}")
+    if (folder / "dataset_info.json").is_file() and (folder / "state.json").is_file():
+        yield from _of_saved_dataset(folder)
+        return
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    files = [path for path in files if not suffixes or path.name.endswith(suffixes)]
+    # the tokens beside an index are read with it
+    files = [path for path in files if path.suffix != ".bin" or not path.with_suffix(".idx").is_file()]
+    if not files:
+        raise ValueError(f"{folder}: holds no files{' ending in ' * bool(suffixes)}{', '.join(suffixes)}")
+    yield from files
 
 
-def batches(found: Iterable[Record]) -> Iterator[list[Record]]:
-    """`found` in lists of about a mebibyte."""
-    batch: list[Record] = []
-    size = 0
-    for record in found:
-        batch.append(record)
-        size += len(record.raw)
-        if size >= _BATCH_BYTES:
-            yield batch
-            batch, size = [], 0
-    if batch:
-        yield batch
+def _of_saved_dataset(folder: Path) -> list[Path]:
+    """Files of a folder by `datasets.Dataset.save_to_disk`."""
+    state = json.loads((folder / "state.json").read_text())
+    if state.get("_indices_files"):
+        raise ValueError(f"{folder}: rows were selected or shuffled; save it after flatten_indices()")
+    return [folder / Path(entry["filename"]).name for entry in state["_data_files"]]
+
+
+def _described(path: Path, named: bool, source_from: str | None) -> InputFile:
+    if not path.is_file():
+        raise ValueError(f"{path}: no such file")
+    if named and not path.stat().st_size:
+        raise ValueError(f"{path}: is empty, expected documents")
+    endings = path.suffixes
+    if endings and endings[-1] in _COMPRESSIONS:
+        endings = endings[:-1]
+    kind = _ENDINGS.get(endings[-1] if endings else "", "text")
+    sources = {"file": path.name.split(".")[0], "folder": path.resolve().parent.name}
+    return InputFile(path, kind, sources.get(source_from or ""), named)

@@ -15,7 +15,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 
-from anchor_megatron.data.records import Encoded, Encoder, Record
+from anchor_megatron.data.encode import Batch, Encoded, Encoder
 
 __all__ = ["encoded"]
 
@@ -25,7 +25,7 @@ MakeEncoder = Callable[[], Encoder]
 _encoder: Encoder | None = None
 
 
-def encoded(make_encoder: MakeEncoder, batches: Iterator[list[Record]], *, workers: int) -> Iterator[Encoded]:
+def encoded(make_encoder: MakeEncoder, batches: Iterator[Batch], *, workers: int) -> Iterator[Encoded]:
     """What the encoder makes of each batch, in order. `make_encoder` is called once a worker and is pickled
     on its way there.
 
@@ -55,6 +55,6 @@ def _start(make_encoder: MakeEncoder) -> None:
     _encoder = make_encoder()
 
 
-def _encode(batch: list[Record]) -> Encoded:
+def _encode(batch: Batch) -> Encoded:
     assert _encoder is not None, "the pool starts a worker before it sends batches"
     return _encoder(batch)

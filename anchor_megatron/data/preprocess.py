@@ -1,17 +1,19 @@
-"""Text to Megatron's indexed format: read, tokenise in worker processes, write in input order.
+"""Documents to Megatron's indexed format: read, tokenise in worker processes, write in input order.
 
-    inputs -> files -> records (raw bytes, with file and line) -> workers: decode, parse, encode -> data set
-    a.jsonl, src/      3 lines, 2 modules                          5 token arrays      PREFIX.bin .idx .json
+    inputs -> files -> records (raw, with their places) -> workers: decode, parse, encode -> data set
+    a.jsonl, src/      3 lines, 2 modules                           5 token arrays     PREFIX.bin .idx .json
 
-The data set is written aside and renamed at the end, so a failed run leaves none behind, and it is the same
-whatever the number of workers.
+The data set is written aside (unfinished.py) and renamed at the end, so that a failed run leaves none, and a
+later one goes on behind the files that are done. It is the same whatever the number of workers.
 """
 
 from __future__ import annotations
 
+import hashlib
+import itertools
+import json
 import os
 import shutil
-import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -20,90 +22,130 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
+from megatron.core.datasets.indexed_dataset import DType
 from tqdm import tqdm
 
 from anchor_megatron.data.documents import Summary
-from anchor_megatron.data.inputs import batches, input_files, records
+from anchor_megatron.data.encode import Batch, Encoded, Encoder
+from anchor_megatron.data.inputs import InputFile, input_files
 from anchor_megatron.data.pool import encoded
-from anchor_megatron.data.records import Encoded, Encoder
+from anchor_megatron.data.readers import records
+from anchor_megatron.data.records import Form, Record, Unusable, documents
 from anchor_megatron.data.tokenizer import (
     anchor_token_id,
     encoder_source,
     load_tokenizer,
     train_tokenizer,
 )
+from anchor_megatron.data.unfinished import Unfinished, stamp
 
 __all__ = ["Job", "preprocess"]
 
 _WEIGHTS = ("*.safetensors", "*.bin", "*.pt", "*.pth", "*.gguf", "*.h5", "*.msgpack", "*.onnx", ".*")
+_BATCH_BYTES = 1 << 20  # of records that go to a worker at once
+_UNIT_BYTES = 32 << 20  # of files that are done with together
+_PLACES = 1000  # of skipped records that the report names
 
 
 @dataclass(frozen=True)
 class Job:
-    """One preprocessing run. `inputs` are JSONL files, text files or folders of either."""
+    """One preprocessing run. `inputs` are files, folders and patterns (see `input_files`)."""
 
-    inputs: tuple[Path, ...]
+    inputs: tuple[str | Path, ...]
     output: Path
     """Prefix of the data set."""
     tokenizer: Path | None = None
     train_tokenizer: int | None = None
-    json_key: str = "text"
+    text_key: str = "text"
+    tokens_key: str | None = None
+    source_key: str | None = None
+    source_from: str | None = None
     suffixes: tuple[str, ...] = ()
     """Of the files taken from folders; all files where empty."""
     anchor_token: str | None = None
     append_eod: bool = False
+    max_bytes: int = 256 << 20
+    """Largest line or text."""
+    on_error: str = "stop"
+    """stop, or skip: records that cannot be used are counted and reported."""
     workers: int = 1
     overwrite: bool = False
 
     @property
     def finals(self) -> dict[str, Path]:
         """What the run writes; the summary, without which a prefix is no data set, last."""
-        return {suffix: Path(f"{self.output}{suffix}") for suffix in ("_tokenizer", ".bin", ".idx", ".json")}
+        suffixes = ("_tokenizer", "_skipped.json", "_sources.npy", ".bin", ".idx", ".json")
+        return {suffix: Path(f"{self.output}{suffix}") for suffix in suffixes}
+
+    @property
+    def form(self) -> Form:
+        """Where rows keep what."""
+        return Form(self.text_key, self.tokens_key, self.source_key)
+
+    @property
+    def unfinished(self) -> Path:
+        """Where the run keeps what it has."""
+        return self.output.parent / f".{self.output.name}.unfinished"
 
 
 def preprocess(job: Job) -> tuple[Summary, float]:
     """Runs `job`; returns what was written and the seconds that tokenising took.
 
-    Raises ValueError naming file and line, or the option, for input that cannot be used; nothing is written
-    then.
+    Raises ValueError naming file and place, or the option, for input that cannot be used; no data set is
+    written then, and files that were done with are kept for the next run.
     """
     _check(job)
-    files = input_files(job.inputs, job.suffixes)
+    files = input_files(job.inputs, job.suffixes, job.source_from)
     job.output.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{job.output.name}.", dir=job.output.parent) as aside:
-        written = {suffix: Path(aside) / f"data{suffix}" for suffix in job.finals}
-        tokenizer = _provide_tokenizer(job, files, written["_tokenizer"])
-        summary, seconds = _tokenise(job, files, tokenizer, written)
-        _move(written, job.finals)
-    return summary, seconds
+    unfinished, settings = Unfinished(job.unfinished), _settings(job, files)
+    reason = unfinished.resume(settings, files)
+    if reason is not None and not job.overwrite:
+        unfinished.close(keep=True)
+        raise ValueError(f"{job.unfinished}: holds an unfinished run of {reason}; --overwrite discards it")
+    try:
+        folder = job.unfinished / "tokenizer"
+        tokenizer = (
+            load_tokenizer(folder) if unfinished.files_done else _provide_tokenizer(job, files, folder)
+        )
+        return _tokenise(job, files, tokenizer, unfinished, settings)
+    finally:
+        unfinished.close(keep=unfinished.files_done > 0)
 
 
 def _check(job: Job) -> None:
     if (job.tokenizer is None) == (job.train_tokenizer is None):
         raise ValueError("--tokenizer: expected exactly one of --tokenizer DIR and --train-tokenizer N")
-    if job.workers < 1:
-        raise ValueError(f"--workers: got {job.workers}, expected at least 1")
+    if job.train_tokenizer is not None and job.tokens_key is not None:
+        raise ValueError("--train-tokenizer: expected --tokenizer, as --tokens-key says there is no text")
+    for name, value in (("workers", job.workers), ("max-bytes", job.max_bytes)):
+        if value < 1:
+            raise ValueError(f"--{name}: got {value}, expected at least 1")
     for path in job.finals.values():
         if path.exists() and not job.overwrite:
             raise ValueError(f"--output: {path} exists; give --overwrite to replace it")
 
 
-def _move(written: dict[str, Path], finals: dict[str, Path]) -> None:
-    """Renames into place; an old summary goes first, so that no moment shows a mixture as a data set."""
-    finals[".json"].unlink(missing_ok=True)
-    if finals["_tokenizer"].exists():
-        shutil.rmtree(finals["_tokenizer"])
-    for suffix, path in finals.items():
-        os.replace(written[suffix], path)
+def _settings(job: Job, files: list[InputFile]) -> dict[str, Any]:
+    """What a run must have in common with an unfinished one to go on with it."""
+    names = ("text_key", "tokens_key", "source_key", "source_from", "append_eod", "max_bytes", "on_error")
+    settings: dict[str, Any] = {name: getattr(job, name) for name in names}
+    if job.tokenizer is not None:
+        settings["tokenizer"] = _digest(load_tokenizer(job.tokenizer), job.tokenizer)
+    else:  # it depends on all of the text
+        settings |= {"train_tokenizer": job.train_tokenizer, "files": [stamp(file) for file in files]}
+    return settings
 
 
-def _provide_tokenizer(job: Job, files: list[Path], folder: Path) -> Any:
+def _digest(tokenizer: Any, folder: Path) -> str:
+    source = encoder_source(tokenizer, folder)
+    return hashlib.sha256(str(source).encode()).hexdigest()
+
+
+def _provide_tokenizer(job: Job, files: list[InputFile], folder: Path) -> Any:
     """The tokenizer, and its files in `folder`: copied, without a model's weights beside them, or trained."""
+    shutil.rmtree(folder, ignore_errors=True)
     if job.train_tokenizer is not None:
-        texts = (record.text(job.json_key) for record in records(files))
-        train_tokenizer(texts, vocab_size=job.train_tokenizer, folder=folder)
+        train_tokenizer(_texts(job, files), vocab_size=job.train_tokenizer, folder=folder)
         return load_tokenizer(folder)
     assert job.tokenizer is not None, "a job names its tokenizer or has one trained"
     tokenizer = load_tokenizer(job.tokenizer)
@@ -111,58 +153,105 @@ def _provide_tokenizer(job: Job, files: list[Path], folder: Path) -> Any:
     return tokenizer
 
 
-def _tokenise(job: Job, files: list[Path], tokenizer: Any, written: dict[str, Path]) -> tuple[Summary, float]:
+def _texts(job: Job, files: list[InputFile]) -> Iterator[str]:
+    """All texts. Unusable records are passed over where they are to be skipped; tokenising counts them."""
+    for record in itertools.chain.from_iterable(
+        records(one, job.form, largest=job.max_bytes) for one in files
+    ):
+        try:
+            yield from (text for text, _ in documents(record, job.form) if isinstance(text, str))
+        except Unusable:
+            if job.on_error == "stop":
+                raise
+
+
+def _tokenise(
+    job: Job, files: list[InputFile], tokenizer: Any, unfinished: Unfinished, settings: dict[str, Any]
+) -> tuple[Summary, float]:
     anchor = anchor_token_id(tokenizer, job.anchor_token)
     if job.append_eod and tokenizer.eos_token_id is None:
         raise ValueError(f"--append-eod: the tokenizer {job.tokenizer} has no EOS token")
-    end = [int(tokenizer.eos_token_id)] if job.append_eod else []
+    end = (int(tokenizer.eos_token_id),) if job.append_eod else ()
     vocab_size = max(tokenizer.get_vocab().values()) + 1  # more than len() where ids have gaps
     dtype = np.dtype(DType.optimal_dtype(vocab_size))
-    source = encoder_source(tokenizer, written["_tokenizer"])
-    make_encoder = partial(Encoder.open, source, job.json_key, dtype, end)
-    total_bytes = sum(path.stat().st_size for path in files)
+    source = encoder_source(tokenizer, job.unfinished / "tokenizer")
+    make_encoder = partial(Encoder.open, source, job.form, dtype, vocab_size, end, job.on_error == "skip")
     started = time.perf_counter()
-    with tqdm(total=total_bytes, unit="B", unit_scale=True, desc="tokenising") as progress:
-        found = encoded(make_encoder, batches(records(files)), workers=job.workers)
-        counts = _write(job, _shown(found, progress), written, dtype)
+    unfinished.start(settings)
+    with tqdm(unit="B", unit_scale=True, desc="tokenising") as progress:
+        batches = _batches(job, files, unfinished.files_done)
+        _write(files, encoded(make_encoder, batches, workers=job.workers), unfinished, progress)
+    counts = unfinished.counts
+    unfinished.files_done = 0  # nothing is left to go on with
+    if not counts["tokens"]:
+        raise ValueError(f"{', '.join(map(str, job.inputs))}: holds no text, expected at least one document")
+    parts = unfinished.finish(dtype)
+    skipped = counts.pop("skipped")
     summary = Summary(
         **counts,
+        skipped=sum(skipped["counts"].values()),
         vocab_size=vocab_size,
         anchor_token=anchor,
         tokenizer=job.finals["_tokenizer"].name,
-        sources=[path.name for path in job.inputs],
+        sources=unfinished.source_names,
     )
-    summary.write(written[".json"])
+    parts |= {"_tokenizer": job.unfinished / "tokenizer", ".json": job.unfinished / "summary.json"}
+    summary.write(parts[".json"])
+    if summary.skipped:
+        parts["_skipped.json"] = job.unfinished / "skipped.json"
+        parts["_skipped.json"].write_text(json.dumps(skipped, indent=1) + "\n")
+    _move(parts, job.finals)
     return summary, time.perf_counter() - started
 
 
-def _shown(found: Iterator[Encoded], progress: tqdm) -> Iterator[Encoded]:
-    tokens = 0
-    for batch in found:
-        yield batch
-        tokens += batch.ids.size
-        progress.set_postfix_str(f"{tokens:,} tokens", refresh=False)
-        progress.update(batch.bytes_read)
+def _batches(job: Job, files: list[InputFile], first: int) -> Iterator[Batch]:
+    """The records of `files` from number `first` on, about a mebibyte each. Files are done with some
+    mebibytes at a time: a kill costs no more, many small ones no more notes.
+    """
+    own: list[Record] = []
+    size = unit = 0
+    for number, file in enumerate(files[first:], start=first + 1):
+        for record in records(file, job.form, largest=job.max_bytes):
+            own.append(record)
+            size += record.size
+            if size >= _BATCH_BYTES:
+                yield Batch(own)
+                own, size = [], 0
+        unit += file.path.stat().st_size
+        if unit >= _UNIT_BYTES or number == len(files):
+            yield Batch(own, files_done=number)
+            own, size, unit = [], 0, 0
 
 
-def _write(job: Job, found: Iterator[Encoded], written: dict[str, Path], dtype: np.dtype) -> dict[str, int]:
-    """Writes .bin and .idx; the summary's counts. ValueError for an input file of no text."""
-    builder = IndexedDatasetBuilder(str(written[".bin"]), dtype=dtype.type)
-    counts = dict.fromkeys(("documents", "tokens", "longest", "empty", "largest_token"), 0)
-    silent = {str(path) for path in job.inputs if path.is_file()}
+def _write(files: list[InputFile], found: Iterator[Encoded], unfinished: Unfinished, progress: tqdm) -> None:
+    """Appends what comes, counts it, and notes files as done."""
+    if not unfinished.counts:
+        names = ("documents", "tokens", "longest", "empty", "largest_token")
+        unfinished.counts |= dict.fromkeys(names, 0) | {"skipped": {"counts": {}, "first": []}}
+    counts = unfinished.counts
     for batch in found:
-        lengths = batch.lengths[batch.lengths > 0]
-        for document in np.split(batch.ids, np.cumsum(lengths)[:-1]) if lengths.size else ():
-            builder.add_item(torch.from_numpy(document))
-            builder.end_document()
-        counts["documents"] += lengths.size
-        counts["empty"] += batch.lengths.size - lengths.size
+        unfinished.append(batch.ids, batch.lengths, batch.sources)
+        counts["documents"] += batch.lengths.size
         counts["tokens"] += batch.ids.size
-        counts["longest"] = max(counts["longest"], int(lengths.max(initial=0)))
+        counts["longest"] = max(counts["longest"], int(batch.lengths.max(initial=0)))
+        counts["empty"] += batch.empty
         counts["largest_token"] = max(counts["largest_token"], int(batch.ids.max(initial=0)))
-        silent -= batch.paths
-    if silent or not counts["tokens"]:
-        names = sorted(silent) or map(str, job.inputs)
-        raise ValueError(f"{', '.join(names)}: holds no text, expected at least one document")
-    builder.finalize(str(written[".idx"]))
-    return counts
+        for kind, message in batch.skipped:
+            counts["skipped"]["counts"][kind] = counts["skipped"]["counts"].get(kind, 0) + 1
+            counts["skipped"]["first"] += [message] if len(counts["skipped"]["first"]) < _PLACES else []
+        progress.set_postfix_str(f"{counts['tokens']:,} tokens", refresh=False)
+        progress.update(batch.size)
+        if batch.files_done is not None:
+            unfinished.commit(files[: batch.files_done])
+
+
+def _move(parts: dict[str, Path], finals: dict[str, Path]) -> None:
+    """Renames into place; an old summary goes first, so that no moment shows a mixture as a data set."""
+    finals[".json"].unlink(missing_ok=True)
+    if finals["_tokenizer"].exists():
+        shutil.rmtree(finals["_tokenizer"])
+    for suffix, path in finals.items():
+        if suffix in parts:
+            os.replace(parts[suffix], path)
+        else:
+            path.unlink(missing_ok=True)
