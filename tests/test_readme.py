@@ -54,6 +54,7 @@ KINDS = [
     ["source", ".venv/bin/activate"],
     ["python", "tools/preprocess_data.py"],
     ["python", "tools/convert_checkpoint.py"],
+    ["python", "tools/inspect_data.py"],
     ["python", "tools/show_plan.py"],
     ["python", "tools/profile_cp.py"],
     ["python", "pretrain_anchor.py", "--help"],
@@ -120,6 +121,12 @@ def test_data_commands_write_what_is_said(folder: Path) -> None:
         prefix = folder / option(words, "--output")
         written = {path.name.removeprefix(prefix.name) for path in prefix.parent.glob(f"{prefix.name}*")}
         assert written == {".bin", ".idx", ".json", "_tokenizer"}
+
+
+def test_a_window_of_the_data_is_shown(folder: Path) -> None:
+    [words] = commands("python", "tools/inspect_data.py")
+    printed = run([sys.executable, *words[1:]], folder)
+    assert printed.startswith("window 0: step 1") and " tokens of text, " in printed
 
 
 @pytest.mark.slow

@@ -128,17 +128,18 @@ class _Reader:
 
     def _runs(self, start: int, stop: int, kind: str) -> Iterator[Run]:
         """Rows [start, stop) in runs of the same mask, long ones without their middles."""
+        most = 2 if kind == "padding" else self.most  # which is the same token again and again
         is_masked = ~self.window.loss_mask[start:stop]
         cuts = start + np.flatnonzero(np.diff(is_masked)) + 1
         borders = [start, *cuts.tolist(), stop] if stop > start else []
         for begin, end in zip(borders, borders[1:], strict=False):
             masked, label = bool(is_masked[begin - start]), self._label(end - 1)
-            if not self.most or end - begin <= self.most:
+            if not most or end - begin <= most:
                 yield Run(self.decode(self.window.tokens[begin:end]), kind, masked, label)
                 continue
-            half = self.most // 2
+            half = most // 2
             yield Run(self.decode(self.window.tokens[begin : begin + half]), kind, masked)
-            yield Run(f" [... tokens left out: {end - begin - 2 * half:,} ...] ", "gap", masked)
+            yield Run(f" [... tokens left out: {end - begin - 2 * half:,} ...] ", "gap", False)
             yield Run(self.decode(self.window.tokens[end - half : end]), kind, masked, label)
 
     def _label(self, row: int) -> str:
