@@ -76,10 +76,9 @@ def tokenizer_folder(prefix: str | Path) -> Path:
 
 
 class Documents:
-    """The documents under a prefix. Opening reads header and ends of the index; all else is mapped and
-    looked at when it is used: `lengths` as a whole when first asked for, what leads to a document when that
-    is read.
-    What nobody has asked for yet is looked at by `check.py`.
+    """The documents under a prefix. Opening reads sources and the ends of the index; all else is mapped, and
+    looked at when it is used: `lengths` as a whole when first asked for, a document's place and ids when it
+    is read. `check.py` looks at everything.
 
     lengths           integers [documents], in tokens
     document_sources  integers [documents], entries of summary.sources; None where the set has none
@@ -154,8 +153,8 @@ class Documents:
     def tokens(self, documents: ArrayLike, starts: ArrayLike, stops: ArrayLike) -> np.ndarray:
         """Tokens [start, stop) of one document or of several, one after another: int64 [sum of lengths].
 
-        ValueError naming file and document for an id that is no token, and for a document that the index has
-        lie outside the file.
+        ValueError naming file and document for an id that is no token, or where the index has another place
+        for the document than its length says.
         """
         chosen, begins, ends = (np.atleast_1d(values) for values in (documents, starts, stops))
         counts = ends - begins

@@ -60,6 +60,10 @@ class Index:
         self.bytes = 0
         if sequences:
             self.bytes = int(self.pointers[-1]) + int(self.sequence_lengths[-1]) * self.dtype.itemsize
+        if self.bytes % self.dtype.itemsize:
+            raise ValueError(
+                f"{path}: got {self.bytes} bytes of tokens, expected a multiple of {self.dtype.itemsize}"
+            )
 
     def lengths(self) -> np.ndarray:
         """Lengths of the documents in tokens, integers [documents]: the file's own where every document is a
@@ -93,7 +97,9 @@ class Index:
             self._bytes_before(self.borders[documents + 1]),
         )
         size = self.dtype.itemsize
-        lost = (begins < 0) | (begins % size != 0) | (ends > self.bytes) | (ends - begins != lengths * size)
+        # in int64: a document's bytes may pass the int32 in which its tokens are counted
+        expected = lengths.astype(np.int64) * size
+        lost = (begins < 0) | (begins % size != 0) | (ends > self.bytes) | (ends - begins != expected)
         if lost.any():
             which = int(np.argmax(lost))
             raise ValueError(
