@@ -6,10 +6,13 @@ import json
 import os
 import re
 import shutil
+import struct
+import time
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
@@ -141,3 +144,25 @@ def test_documents_of_several_sequences_are_their_tokens_one_after_another(tmp_p
     documents = Documents(tmp_path / "set")
     assert documents.lengths.tolist() == [3, 0, 3, 3, 0]
     assert documents.tokens([3, 0, 4, 2], [0, 1, 0, 0], [3, 3, 0, 1]).tolist() == [8, 9, 10, 3, 4, 5]
+
+
+def test_an_index_of_a_hundred_million_documents_is_not_read_to_open_it(tmp_path: Path) -> None:
+    """The files are holes, but for what opening looks at; lengths, looked at later, do not add up then."""
+    count, tokens = 100_000_000, 10**9
+    with (tmp_path / "set.idx").open("wb") as file:
+        file.write(struct.pack("<9sQBQQ", b"MMIDIDX\x00\x00", 1, 4, count, count + 1))
+        for end, value in ((34 + 12 * count, 4 * tokens), (34 + 20 * count + 8, count)):
+            file.seek(end - 8)
+            file.write(struct.pack("<q", value))
+    (tmp_path / "set.bin").touch()
+    os.truncate(tmp_path / "set.bin", 4 * tokens)
+    counts = dict(documents=count, tokens=tokens, longest=0, empty=0, largest_token=0)
+    Summary(**counts, vocab_size=9, anchor_token=1, tokenizer="none", sources=[]).write(tmp_path / "set.json")
+    held = psutil.Process().memory_info().rss
+    started = time.perf_counter()
+    documents = Documents(tmp_path / "set")
+    assert len(documents) == count
+    assert time.perf_counter() - started < 2
+    assert psutil.Process().memory_info().rss - held < 2**26
+    with pytest.raises(ValueError, match="set.idx: got lengths of 0 tokens in all"):
+        _ = documents.lengths
