@@ -32,6 +32,7 @@ pytestmark = pytest.mark.faults
 ROOM = 1 << 30  # bytes that a parser may take beyond what the process has
 FILES = {  # parser: the file it is given, of the good ones below
     "index": "set.idx",
+    "sources": "set_sources.npy",
     "summary": "set.json",
     "jsonl": "text.jsonl",
     "safetensors": "model.safetensors",
@@ -49,7 +50,8 @@ def good(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def make_good(folder: Path) -> Path:
     """Puts a file that it takes before every parser."""
-    scenes.make_data(folder)
+    prefix = scenes.make_data(folder)
+    np.save(f"{prefix}_sources.npy", np.zeros(len(Documents(prefix)), dtype=np.uint8))
     (folder / "text.jsonl").write_text('{"text": "one"}\n{"text": "two"}\n')
     save_file({"a": torch.ones(2, 3), "b": torch.zeros(4)}, folder / "model.safetensors")
     (folder / "sharded").mkdir()
@@ -70,7 +72,7 @@ def make_good(folder: Path) -> Path:
 def parse(name: str, folder: Path) -> None:
     """Has one parser read its file in `folder`."""
     path = folder / FILES[name]
-    if name in ("index", "summary"):
+    if name in ("index", "sources", "summary"):
         documents = Documents(folder / "set")
         documents.tokens(0, 0, documents.lengths[0])
         tokenizer_folder(folder / "set")
