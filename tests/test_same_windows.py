@@ -6,6 +6,10 @@ see only their replica's share must find the same windows. `test_windows.py` has
 
 from __future__ import annotations
 
+import multiprocessing
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -41,8 +45,9 @@ def sets(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     return found
 
 
-def windows_of(config: Config, *, step: int, replica: int, replicas: int) -> list[Window]:
-    """What a replica that starts at `step` reads in that step, and nothing before it."""
+@contextmanager
+def as_replica(replica: int, replicas: int) -> Iterator[pytest.MonkeyPatch]:
+    """Lets this process be one of several replicas."""
     state = SimpleNamespace(
         get_data_parallel_rank=lambda: replica,
         get_data_parallel_world_size=lambda: replicas,
@@ -52,6 +57,12 @@ def windows_of(config: Config, *, step: int, replica: int, replicas: int) -> lis
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(loader, "parallel_state", state)
         patch.setattr(setup, "parallel_state", state)
+        yield patch
+
+
+def windows_of(config: Config, *, step: int, replica: int, replicas: int) -> list[Window]:
+    """What a replica that starts at `step` reads in that step, and nothing before it."""
+    with as_replica(replica, replicas):
         dataset = loader.BatchDataset(config, loader.open_windows(config))
         batches = range(step * dataset.micro_batches, (step + 1) * dataset.micro_batches)
         return [window for batch in batches for window in dataset.windows_of(batch)]
@@ -106,6 +117,22 @@ def test_any_replica_at_any_step_reads_its_share(
     assert len(together) == GLOBAL_BATCH
     for one, other in zip(together, straight, strict=True):
         assert_same(one, other)
+
+
+def test_workers_share_what_their_rank_has_laid_out(sets: list[dict[str, Any]]) -> None:
+    """They are forked, also where the process starts others in another way."""
+    data = dict(train=sets[0]["prefix"], seq_length=96, num_workers=2)
+    config = tiny_config(vocab_size=10**6, data=data, train=dict(steps=2, global_batch_size=4))
+    before = multiprocessing.get_start_method()
+    multiprocessing.set_start_method("spawn", force=True)
+    try:
+        with as_replica(0, 1) as patch:
+            patch.setattr(loader, "plan_batch", lambda windows, **options: os.getppid())
+            windows = loader.open_windows(config)
+            found = list(loader.batches(config, windows, first_step=0, pin_memory=False))
+    finally:
+        multiprocessing.set_start_method(before, force=True)
+    assert found == [os.getpid()] * 8, "workers that begin anew have the real function"
 
 
 @pytest.mark.parametrize("interleave", [0, 1000])
