@@ -18,6 +18,7 @@ import torch
 import yaml
 from megatron.core.transformer.moe.moe_utils import get_moe_layer_wise_logging_tracker
 from megatron.core.transformer.moe.router import TopKRouter
+from prometheus_client.parser import text_string_to_metric_families
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import pretrain_anchor
@@ -34,8 +35,8 @@ FIGURES = {
     "step", "loss", "grad_norm", "learning_rate", "seconds_per_step", "tokens_per_second", "tflops_per_rank",
     "mfu", "loss_tokens", "tokens", "documents", "padding_tokens", "balance", "received_tokens_per_rank",
     "skipped_steps", "cut_documents", "joined_documents", "dropped_documents", "tag_tokens", "batch_balance",
-    "data_wait_ms", "forward_seconds_median", "forward_seconds_slowest", "slowest_rank",
-    "data_wait_seconds_longest",
+    "data_wait_ms", "forward_seconds_median", "forward_seconds_slowest", "slowest_rank", "total_skipped",
+    "total_restarts", "total_failed_saves", "total_rewinds", "total_skipped_batches",
 }  # fmt: skip
 
 
@@ -163,9 +164,11 @@ def test_a_configuration_that_is_none_is_named(tmp_path: Path) -> None:
 
 
 def test_twenty_steps_learn_and_are_reported(run_file: Path, tmp_path: Path) -> None:
+    board, metrics = tmp_path / "board", tmp_path / "node" / "run.prom"
     found = pretrain(
-        2, run_file, "parallel.context=2", "train.steps=20", f"log.tensorboard={tmp_path / 'board'}"
-    )
+        2, run_file, "parallel.context=2", "train.steps=20", f"log.tensorboard={board}",
+        f"log.prometheus={metrics}",
+    )  # fmt: skip
     assert [report["step"] for report in found] == list(range(1, 21))
     assert all(set(report) == FIGURES for report in found)
     losses = [report["loss"] for report in found]
@@ -177,10 +180,13 @@ def test_twenty_steps_learn_and_are_reported(run_file: Path, tmp_path: Path) -> 
         assert report["balance"] >= 1 and report["mfu"] == report["tflops_per_rank"] > 0
         assert 0 < report["data_wait_ms"] < 1e3 * report["seconds_per_step"]
         assert report["skipped_steps"] == 0 and report["received_tokens_per_rank"] <= 4 * 64
-    board = EventAccumulator(str(tmp_path / "board"))
-    board.Reload()
-    assert set(board.Tags()["scalars"]) == FIGURES - {"step"}
-    assert [event.value for event in board.Scalars("loss")] == pytest.approx(losses)
+    events = EventAccumulator(str(board))
+    events.Reload()
+    assert set(events.Tags()["scalars"]) == FIGURES - {"step"}
+    assert [event.value for event in events.Scalars("loss")] == pytest.approx(losses)
+    gauges = {family.name: family for family in text_string_to_metric_families(metrics.read_text())}
+    assert {name.removeprefix("anchor_megatron_") for name in gauges} == FIGURES
+    assert gauges["anchor_megatron_loss"].samples[0].value == losses[-1]
 
 
 def test_reports_over_an_interval_sum_up_its_steps(run_file: Path) -> None:

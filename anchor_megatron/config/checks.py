@@ -56,6 +56,8 @@ _AT_LEAST_ONE = (
     "train.global_batch_size",
     "train.eval_steps",
     "train.max_bad_steps",
+    "train.spike_window",
+    "train.rewind_steps",
     "checkpoint.keep_last",
     "checkpoint.keep_every",
     "log.interval",
@@ -70,6 +72,7 @@ _AT_LEAST_ZERO = (
     "optimizer.clip_grad",
     "train.seed",
     "train.max_minutes",
+    "train.max_rewinds",
     "train.distributed_timeout_minutes",
     "checkpoint.save_interval",
     "log.precision_interval",
@@ -94,6 +97,7 @@ def check_config(config: Config) -> None:
             raise ValueError(f"log.precision_layers: got {layer}, expected layers from 0 to {last}")
     _check_tokens(config)
     _check_data(config)
+    _check_rewinding(config)
 
 
 def _check_model(config: Config) -> None:
@@ -156,6 +160,20 @@ def _check_data(config: Config) -> None:
         _log.warning("data.short_documents: join is ignored, as data.min_document_tokens is 0")
     if data.eos_token is not None and data.end_label != "eos":
         _log.warning("data.eos_token: ignored, as data.end_label is %s", data.end_label)
+
+
+def _check_rewinding(config: Config) -> None:
+    """A rewind needs a spike that is one, and a checkpoint to go back to."""
+    factor, kept = config.train.spike_factor, config.checkpoint
+    if factor is None:
+        return
+    if factor <= 1:
+        raise ValueError(f"train.spike_factor: got {factor}, expected a number above 1, or null")
+    if kept.directory is None or not kept.save_interval:
+        raise ValueError(
+            f"train.spike_factor: got {factor} with checkpoint.directory {kept.directory} and save_interval "
+            f"{kept.save_interval}, expected a folder and an interval: a rewind needs a checkpoint"
+        )
 
 
 def data_parallel_size(config: Config, world_size: int) -> int:

@@ -216,6 +216,15 @@ class TrainConfig:
     """Stop, with a checkpoint, after the step in which this much time since the start is over."""
     max_bad_steps: int = 3
     """So many steps in a row whose loss or gradient is not finite (each is skipped) end the run."""
+    spike_factor: float | None = None
+    """A loss over this many times the median of the last spike_window steps' is a spike: the run rewinds to a
+    checkpoint and goes on with the global batch behind the spike's, skipping those between. null: none is."""
+    spike_window: int = 64
+    """Steps whose median loss a spike is judged by; the first so many steps are none."""
+    rewind_steps: int = 1
+    """A spike rewinds to the newest good checkpoint at least this many steps before it."""
+    max_rewinds: int = 3
+    """Rewinds of a whole run; a spike after so many ends it."""
 
 
 @dataclass
@@ -246,6 +255,9 @@ class LogConfig:
     """Folder of TensorBoard events."""
     wandb_project: str | None = None
     """Weights & Biases project (needs the wandb package)."""
+    prometheus: str | None = None
+    """File that every report replaces, named *.prom, in Prometheus' text format for the node exporter's
+    textfile collector (needs the prometheus_client package)."""
     peak_tflops: float | None = None
     """Peak TFLOP/s of one rank, for the model-FLOPs utilisation; known GPUs' and, without a GPU, measured
     where null."""

@@ -33,11 +33,13 @@ from anchor_megatron.data.documents import tokenizer_folder
 from anchor_megatron.training.async_save import ThreadedStrategy
 from anchor_megatron.training.checkpoint_find import (
     clear_unfinished,
+    delete,
     delete_old,
     find_fault,
     folder_name,
     latest_checkpoint,
     newest_good,
+    step_folders,
 )
 from anchor_megatron.training.checkpoint_fit import check_fit
 from anchor_megatron.training.checkpoint_state import (
@@ -130,7 +132,8 @@ class Checkpointer:
         if error := _from_first_rank(self._prepare(aside) if dist.get_rank() == 0 else None):
             raise SaveFailed(error)
         whole = sharded_state(trainee, loading=False) | generators() | {
-            "step": step, "data": data_position(self.config, step), "state": state or {}
+            "step": step, "state": state or {},
+            "data": data_position(self.config, step, (state or {}).get("skipped_batches", 0)),
         }  # fmt: skip
         request = dist_checkpointing.save(
             whole, str(aside), sharded_strategy=self._strategy, async_sharded_save=True
@@ -166,6 +169,14 @@ class Checkpointer:
                 flush=True,
             )
         return final
+
+    def go_back(self, step: int) -> None:
+        """Deletes the checkpoints behind `step`, as the run goes another way from there."""
+        assert self._pending is None, "a save under way is finished first"
+        if self._lock is not None:
+            self._lock.check()
+            delete(self.directory, [later for later in step_folders(self.directory) if later > step])
+        self.saved = step
 
     def close(self) -> None:
         """Waits for what is being written, without making a checkpoint of it, and gives the folder back."""
@@ -254,6 +265,7 @@ def load_checkpoint(config: Config, trainee: Trainee, folder: Path) -> tuple[int
     trainee.optimizer.load_state_dict(state["optimizer"])
     for group, own in zip(trainee.optimizer.param_groups, settings, strict=True):
         group.update(own)
+    trainee.scheduler.num_steps = 0  # to which loading adds: a run that rewinds has taken steps
     trainee.scheduler.load_state_dict(state["scheduler"])
     restore_generators(config, folder)
     return int(state["step"]), state["state"]

@@ -23,6 +23,7 @@ from anchor_megatron.training.safe_load import check_pickles
 
 __all__ = [
     "clear_unfinished",
+    "delete",
     "delete_old",
     "find_fault",
     "folder_name",
@@ -58,12 +59,13 @@ def latest_checkpoint(directory: Path) -> Path | None:
     )
 
 
-def newest_good(directory: Path) -> Path | None:
-    """The newest checkpoint whose every byte is as it was written; None in a folder without any.
+def newest_good(directory: Path, *, latest: int | None = None) -> Path | None:
+    """The newest checkpoint, of step `latest` at most, whose every byte is as it was written, or None.
 
     All ranks call it together and share the reading. ValueError where there are some and none is good.
     """
-    shared = [list(step_folders(directory).values())]
+    found = step_folders(directory)
+    shared = [[folder for step, folder in found.items() if latest is None or step <= latest]]
     dist.broadcast_object_list(shared, src=0)
     for folder in shared[0]:
         fault = find_fault(folder)
@@ -98,19 +100,25 @@ def delete_old(directory: Path, *, keep_last: int | None, keep_every: int | None
     """Deletes checkpoints beyond the `keep_last` newest good ones, but those of steps that `keep_every`
     divides.
 
-    Good: whole by name and size; one that is not neither counts nor is deleted. Returns the steps deleted;
-    the files go in a thread of their own.
+    Good: whole by name and size; one that is not neither counts nor is deleted. Returns the steps deleted.
     """
     if keep_last is None:
         return []
     good = [step for step, folder in step_folders(directory).items() if _looks_whole(folder)]
     spared = {step for step in good if keep_every and step % keep_every == 0}
     deleted = [step for step in good[keep_last:] if step not in spared]
-    doomed = [directory / f"{folder_name(step)}.deleted" for step in deleted]
-    for step, aside in zip(deleted, doomed, strict=True):
-        (directory / folder_name(step)).rename(aside)  # half deleted, it must not look like a checkpoint
-    threading.Thread(target=_remove, args=(doomed,), name="checkpoint-deleter").start()
+    delete(directory, deleted)
     return deleted
+
+
+def delete(directory: Path, steps: list[int]) -> None:
+    """Deletes the checkpoints after `steps` steps; the files go in a thread of their own."""
+    doomed = [directory / f"{folder_name(step)}.deleted" for step in steps]
+    for step, aside in zip(steps, doomed, strict=True):
+        shutil.rmtree(aside, ignore_errors=True)  # of the same step, deleted a moment ago
+        (directory / folder_name(step)).rename(aside)  # half deleted, it must not look like a checkpoint
+    if doomed:
+        threading.Thread(target=_remove, args=(doomed,), name="checkpoint-deleter").start()
 
 
 def clear_unfinished(directory: Path) -> None:

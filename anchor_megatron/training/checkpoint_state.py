@@ -52,9 +52,9 @@ def sharded_state(trainee: Trainee, *, loading: bool) -> dict[str, Any]:
     return {"model": model, "optimizer": optimizer, "scheduler": trainee.scheduler.state_dict()}
 
 
-def data_position(config: Config, step: int) -> dict[str, int]:
+def data_position(config: Config, step: int, skipped_batches: int) -> dict[str, int]:
     """Where the data stands after `step` steps: the number of the next window of the shuffled sequence."""
-    return {"next_window": step * config.train.global_batch_size}
+    return {"next_window": (step + skipped_batches) * config.train.global_batch_size}
 
 
 def generators() -> dict[str, ShardedTensor]:

@@ -40,6 +40,8 @@ class Counts:
     skipped: int = 0
     restarts: int = 0
     failed_saves: int = 0
+    rewinds: int = 0
+    skipped_batches: int = 0  # global batches that rewinds left out: step s takes batch s + skipped_batches
 
 
 @dataclass
@@ -83,6 +85,23 @@ class Health:
         if ends:
             raise Diverged(message)
 
+    def spike(self, step: int, why: str, *, speak: bool) -> None:
+        """Takes in that the loss of `step` is a spike; Diverged after `train.max_rewinds` rewinds."""
+        limit = self.config.train.max_rewinds
+        message = (
+            f"step {step}: {why} ({self.counts.rewinds} rewinds before, after {limit} a spike ends the run)"
+        )
+        if speak:
+            _log.warning("%s; %s", message, self._write_documents(step))
+        if self.counts.rewinds >= limit:
+            raise Diverged(message)
+
+    def rewind(self, step: int, to: int) -> None:
+        """Counts that the run goes on from step `to`, with the global batch behind that of `step`."""
+        self.counts.rewinds += 1
+        self.counts.skipped_batches += step - to
+        self.bad_in_a_row = 0
+
     def summary(self, stalls: list[float]) -> dict[str, Any]:
         """Figures of the run for its end. stalls: seconds that steps waited for each checkpoint."""
         rates = np.percentile(list(self.rates), [5, 50, 95]).tolist() if self.rates else [0.0] * 3
@@ -97,8 +116,8 @@ class Health:
 
     def _write_documents(self, step: int) -> str:
         """The windows and documents of the step, to a file beside the checkpoints; where they are."""
-        size = self.config.train.global_batch_size
-        windows = range((step - 1) * size, step * size)
+        size, batch = self.config.train.global_batch_size, step + self.counts.skipped_batches
+        windows = range((batch - 1) * size, batch * size)
         ids = {n: sorted({int(one) for one in self.windows[n].document_ids if one >= 0}) for n in windows}
         if self.config.checkpoint.directory is None:
             return f"documents by window: {ids}"

@@ -154,19 +154,22 @@ class BatchDataset(Dataset):
 
 
 def batches(
-    config: Config, windows: WindowDataset, *, first_step: int, pin_memory: bool
+    config: Config, windows: WindowDataset, *, first_step: int, pin_memory: bool, skipped: int = 0
 ) -> Iterator[PlannedBatch]:
-    """This rank's batches from `first_step` on, planned ahead by `data.num_workers` processes."""
+    """This rank's batches of steps `first_step` (0 is the first) to the last, planned ahead by
+    `data.num_workers` processes. skipped: global batches left out before, so that step s takes s + skipped.
+    """
     dataset = BatchDataset(config, windows)
     workers = config.data.num_workers
     # Workers share the epoch's order, gigabytes where there are 100 million documents, and begin at
     # once, as they are forked (a process may have another way to start others)
-    windows.locate(first_step * config.train.global_batch_size)
+    first = first_step + skipped
+    windows.locate(first * config.train.global_batch_size)
     return iter(
         DataLoader(
             dataset,
             batch_size=None,
-            sampler=range(first_step * dataset.micro_batches, len(dataset)),
+            sampler=range(first * dataset.micro_batches, len(dataset) + skipped * dataset.micro_batches),
             num_workers=workers,
             multiprocessing_context="fork" if workers else None,
             prefetch_factor=4 if workers else None,

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import sys
+from collections.abc import Iterator
 
 import torch.distributed as dist
 
 from anchor_megatron.config import Config, data_sets
 from anchor_megatron.data.documents import Documents
 from anchor_megatron.model.builder import rank_device
+from anchor_megatron.training.batch import PlannedBatch
 from anchor_megatron.training.checkpoint import (
     Checkpointer,
     SaveFailed,
@@ -26,7 +28,8 @@ from anchor_megatron.training.probe import check_run
 from anchor_megatron.training.report import Reporter
 from anchor_megatron.training.setup import initialize_ranks
 from anchor_megatron.training.signals import Agreement, StopRequests
-from anchor_megatron.training.step import build_trainee, train_step
+from anchor_megatron.training.spikes import Spikes
+from anchor_megatron.training.step import StepResult, build_trainee, train_step
 from anchor_megatron.training.straggler import ForwardTimer, spread
 from anchor_megatron.training.watchdog import Watchdog
 
@@ -48,12 +51,10 @@ class Run:
         initialize_ranks(config)
         self.checkpointer = Checkpointer(config) if config.checkpoint.directory is not None else None
         try:
-            self.health = Health(config, windows)
+            self.health, self.spikes = Health(config, windows), Spikes(config)
             self.trainee = build_trainee(config)
             self.first_step = self.saved = self._resume()
-            self.batches = batches(
-                config, windows, first_step=self.first_step, pin_memory=rank_device().type == "cuda"
-            )
+            self.batches = self._batches(self.first_step)
             self.forward = ForwardTimer(self.trainee.model)
             self.reporter = Reporter(config, self._spread)
             self.monitor = Monitor(config, self.trainee.gpt)
@@ -68,7 +69,11 @@ class Run:
         """
         dataset = BatchDataset(self.config, self.windows)
         checks = check_run(
-            self.config, self.trainee, dataset.windows_of(self.first_step * dataset.micro_batches)
+            self.config,
+            self.trainee,
+            dataset.windows_of(
+                (self.first_step + self.health.counts.skipped_batches) * dataset.micro_batches
+            ),
         )
         passed = all(check.passed for check in checks)
         _say("\n".join([*map(str, checks), f"check {'passed' if passed else 'FAILED'}"]))
@@ -101,13 +106,14 @@ class Run:
 
     def _steps(self, stop: StopRequests) -> tuple[int, int]:
         """The last step taken, and why it was the last (0: it was to be)."""
-        source, step, reason = self.watchdog.batches(self.batches), self.first_step, 0
-        for step in range(self.first_step + 1, _last_step(self.config) + 1):
+        step, reason = self.first_step, 0
+        while step < _last_step(self.config) and not reason:
+            step += 1
             self.watchdog.at("starting", step=step)
             self.agreement.start(stop.reason, self.checkpointer is not None and self.checkpointer.writing)
             learning_rate = self.trainee.optimizer.param_groups[0]["lr"]
             with self.monitor.watch(step) as watched:
-                result = train_step(self.config, self.trainee, source)
+                result = train_step(self.config, self.trainee, self.watchdog.batches(self.batches))
             with self.reporter.paused():
                 held_out = self.evaluation.losses(self.trainee, step=step)
             figures = self.reporter.step(
@@ -123,25 +129,61 @@ class Run:
             except Diverged:
                 self._finish_save()
                 raise
+            if (before := self._rewound(step, result)) is not None:
+                step = before
+                continue
             last = bool(reason) or step == _last_step(self.config)
             if self._saves(step, last=last):
                 self._save(step, last=last)
-            if reason:
-                break
         self._finish_save(last=True)
         self.reporter.close()
         return step, reason
 
-    def _spread(self) -> dict[str, float]:
-        waited, self.watchdog.waited = self.watchdog.waited, 0.0
-        return spread(forward=self.forward.take(), waited=waited)
+    def _batches(self, first_step: int) -> Iterator[PlannedBatch]:
+        return batches(
+            self.config,
+            self.windows,
+            first_step=first_step,
+            pin_memory=rank_device().type == "cuda",
+            skipped=self.health.counts.skipped_batches,
+        )
+
+    def _rewound(self, step: int, result: StepResult) -> int | None:
+        """The step gone back to where the loss of `step` is a spike (see `spikes.py`), else None."""
+        why = self.spikes.judge(result)
+        if why is None:
+            return None
+        assert self.checkpointer is not None, "a configuration with train.spike_factor has a folder"
+        self._finish_save()
+        self.watchdog.at("rewinding")
+        latest = step - self.config.train.rewind_steps
+        folder = newest_good(self.checkpointer.directory, latest=latest)
+        if folder is None:
+            _say(f"step {step}: {why}; going on, as there is no checkpoint of step {latest} or before")
+            self.spikes.accept()
+            return None
+        self.health.spike(step, why, speak=dist.get_rank() == 0)
+        before, state = load_checkpoint(self.config, self.trainee, folder)
+        self.health.rewind(step, before)
+        self.spikes.resume(state)
+        self.checkpointer.go_back(before)
+        self.saved, self.batches = before, self._batches(before)
+        self.reporter.restart()
+        _say(f"back to {folder}; the {step - before} global batches from there to the spike's are skipped")
+        return before
+
+    def _spread(self, results: list[StepResult]) -> dict[str, float]:
+        waited = sum(result.data_wait for result in results) / len(results)
+        totals = {f"total_{name}": count for name, count in self.health.state().items()}
+        return spread(forward=self.forward.take(), waited=waited) | totals
 
     def _save(self, step: int, *, last: bool) -> None:
         assert self.checkpointer is not None, "only a run with a folder saves"
         self._finish_save()
         self.watchdog.at("saving")
         try:
-            self.checkpointer.save(self.trainee, step=step, state=self.health.state())
+            state = self.health.state() | self.spikes.state()
+            self.checkpointer.save(self.trainee, step=step, state=state)
         except SaveFailed as failed:
             self._survive(failed, last=last)
 
@@ -174,6 +216,7 @@ class Run:
         if folder is not None:
             step, state = load_checkpoint(self.config, self.trainee, folder)
             self.health.resume(state)
+            self.spikes.resume(state)
             _say(f"resumed from {folder} after step {step}")
             return step
         if self.config.checkpoint.pretrained is not None:

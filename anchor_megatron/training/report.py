@@ -23,6 +23,7 @@ from anchor_megatron.data.window import WindowCounts
 from anchor_megatron.model.builder import rank_device
 from anchor_megatron.training.evaluation import HELD_OUT
 from anchor_megatron.training.flops import peak_tflops, step_flops
+from anchor_megatron.training.prometheus import Prometheus
 from anchor_megatron.training.step import StepResult
 
 __all__ = ["Reporter", "global_sums"]
@@ -33,10 +34,10 @@ _log = logging.getLogger(__name__)
 class Reporter:
     """Collects steps and reports every `log.interval` of them. All ranks call `step` together.
 
-    further: gives more figures of the steps since the last report, on all ranks together.
+    further: gives more figures of the steps since the last report (`data_wait_ms`), on all ranks together.
     """
 
-    def __init__(self, config: Config, further: Callable[[], dict[str, Any]] = dict) -> None:
+    def __init__(self, config: Config, further: Callable[[list[StepResult]], dict[str, Any]]) -> None:
         self.config, self.further = config, further
         self.peak = peak_tflops(config.log.peak_tflops)
         self.pending: list[StepResult] = []
@@ -72,11 +73,18 @@ class Reporter:
         sums = global_sums(self.pending)
         now = time.perf_counter()
         figures = self._figures(step, sums, seconds=now - self.started) | {"learning_rate": learning_rate}
-        figures |= held_out | self.watched | self.further()
+        figures |= held_out | self.watched | self.further(self.pending)
         self.started, self.pending, self.watched = now, [], {}
         for sink in self.sinks:
-            sink(figures)
+            try:
+                sink(figures)
+            except OSError as error:  # a full disk must not end the run here: saving will say so
+                _log.warning("step %d: a report could not be written: %s", step, error)
         return figures
+
+    def restart(self) -> None:
+        """Leaves out the steps and the time since the last report."""
+        self.started, self.pending, self.watched = time.perf_counter(), [], {}
 
     def close(self) -> None:
         """Flushes and closes what reports are written to."""
@@ -109,7 +117,6 @@ class Reporter:
             "balance": sums["balance"] / micro_batches,
             "batch_balance": batch_balance(self.pending),
             "received_tokens_per_rank": sums["received"] / shares,
-            "data_wait_ms": sums["data_wait"] * 1e3 / steps / sums["readers"],
             "skipped_steps": sum(not result.updated for result in self.pending),
         }
 
@@ -130,11 +137,7 @@ def global_sums(results: list[StepResult]) -> dict[str, float]:
         "balance": sum(one.balance for one in stats),
         "micro_batches": len(stats),
     }
-    own = {
-        "received": sum(one.received_tokens for one in stats),
-        "data_wait": sum(result.data_wait for result in results),
-        "readers": 1,
-    }
+    own = {"received": sum(one.received_tokens for one in stats)}
     counted = torch.tensor(
         [*(value * whole for value in shared.values()), *(value * first_replica for value in own.values())],
         dtype=torch.float64,
@@ -165,6 +168,8 @@ def _sinks(config: Config) -> list[Any]:
         sinks.append(_TensorBoard(config.log.tensorboard))
     if config.log.wandb_project:
         sinks.append(_WeightsAndBiases(config))
+    if config.log.prometheus:
+        sinks.append(Prometheus(Path(config.log.prometheus)))
     return sinks
 
 

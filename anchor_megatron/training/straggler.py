@@ -50,7 +50,9 @@ class ForwardTimer:
 
 
 def spread(*, forward: float, waited: float) -> dict[str, float]:
-    """This rank's seconds in forward passes and waiting for data, set beside all others' (one gather)."""
+    """This rank's seconds in forward passes, and of waiting for data in a step, set beside all others' (one
+    gather).
+    """
     own = torch.tensor([forward, waited], dtype=torch.float64, device=rank_device())
     gathered = torch.empty(dist.get_world_size() * 2, dtype=torch.float64, device=rank_device())
     dist.all_gather_into_tensor(gathered, own)
@@ -59,5 +61,5 @@ def spread(*, forward: float, waited: float) -> dict[str, float]:
         "forward_seconds_median": statistics.median(forwards),
         "forward_seconds_slowest": max(forwards),
         "slowest_rank": forwards.index(max(forwards)),
-        "data_wait_seconds_longest": max(waits),
+        "data_wait_ms": 1e3 * max(waits),
     }

@@ -38,7 +38,6 @@ class Watchdog:
 
     def __init__(self, limit_seconds: float, *, end: Callable[[str], Any] | None = None) -> None:
         self.limit = limit_seconds
-        self.waited = 0.0  # seconds in which the loop waited for data, all told
         self.step = 0
         self.phase = "setting up"
         self._progress, self._ticks, self._since = 0, 0, time.monotonic()
@@ -63,10 +62,8 @@ class Watchdog:
     def batches(self, source: Iterator[PlannedBatch]) -> Iterator[PlannedBatch]:
         """`source`, each batch counting as progress."""
         while True:
-            began = time.monotonic()
             self.at("waiting for data")
             batch = next(source, None)
-            self.waited += time.monotonic() - began
             if batch is None:
                 return
             self.at("computing")
