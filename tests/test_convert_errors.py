@@ -250,7 +250,7 @@ BAD_CHECKPOINTS: dict[str, tuple[Callable[[Path], Any], str]] = {
     "no folder": (lambda step: shutil.rmtree(step.parent), "expected a checkpoint's folder"),
     "an unfinished one": (lambda step: (step / "metadata.json").unlink(), "a folder of them, got neither"),
     "no metadata": (lambda step: (step / ".metadata").unlink(), "expected a Megatron-Core checkpoint"),
-    "damaged metadata": (lambda step: (step / ".metadata").write_bytes(b"nonsense"), ".metadata: expected"),
+    "damaged metadata": (lambda step: (step / ".metadata").write_bytes(b"nonsense"), ".metadata: refused"),
     "a missing file": (lambda step: (step / "__0_0.distcp").unlink(), "__0_0.distcp: got no such file"),
     "a truncated file": (truncate_last_file, r"__0_0.distcp: got \d+ bytes, expected \d+"),
     "zeros": (

@@ -21,7 +21,7 @@ from anchor_megatron.config.fields import (
     ParallelConfig,
     TrainConfig,
 )
-from anchor_megatron.config.files import data_config, load_config, model_config, save_config
+from anchor_megatron.config.files import data_config, load_config, model_config, read_sections, save_config
 
 __all__ = [
     "AttentionConfig",
@@ -40,5 +40,6 @@ __all__ = [
     "describe",
     "load_config",
     "model_config",
+    "read_sections",
     "save_config",
 ]

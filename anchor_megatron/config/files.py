@@ -6,6 +6,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -13,7 +14,7 @@ from anchor_megatron.config.checks import check_config
 from anchor_megatron.config.fields import Config, ModelConfig
 from anchor_megatron.presets import MODEL_PRESETS
 
-__all__ = ["load_config", "model_config", "save_config"]
+__all__ = ["load_config", "model_config", "read_sections", "save_config"]
 
 
 def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
@@ -52,6 +53,19 @@ def data_config(target: str, overrides: list[str] | None = None) -> Config:
 def model_config(values: dict[str, Any]) -> ModelConfig:
     """A `ModelConfig` from a dictionary (as in a checkpoint), presets expanded, unknown keys refused."""
     return _structured(OmegaConf.create({"model": values, "data": {"train": "-"}}), "model").model
+
+
+def read_sections(path: Path) -> dict[str, dict[str, Any]]:
+    """The sections of a configuration that `save_config` wrote, as they stand there, whatever their fields (a
+    checkpoint may be older than this code). ValueError naming the file where it holds anything else.
+    """
+    try:
+        found = yaml.safe_load(path.read_text())
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: expected a run's configuration, got {error}") from error
+    if not isinstance(found, dict) or not all(isinstance(section, dict) for section in found.values()):
+        raise ValueError(f"{path}: expected sections of fields, got {type(found).__name__}")
+    return found
 
 
 def save_config(config: Config, path: str | Path) -> None:

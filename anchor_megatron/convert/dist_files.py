@@ -42,6 +42,7 @@ from torch.distributed.checkpoint.metadata import (
 from torch.distributed.checkpoint.utils import _create_file_view
 
 from anchor_megatron.convert.rows import FileRows, Place, Rows, TensorRows
+from anchor_megatron.training.safe_load import read_metadata
 
 __all__ = ["Box", "DistReader", "DistWriter"]
 
@@ -180,13 +181,7 @@ class DistReader:
             raise ValueError(
                 f"{folder}: expected a Megatron-Core checkpoint (.metadata, {CONFIG_FNAME}), got none"
             )
-        try:
-            with open(path, "rb") as file:
-                metadata = pickle.load(file)
-        except Exception as error:  # a damaged pickle raises nearly anything
-            raise ValueError(
-                f"{path}: expected torch.distributed.checkpoint's metadata, got {error!r}"
-            ) from error
+        metadata = read_metadata(folder)
         self.tensors: dict[str, TensorStorageMetadata] = {
             key: entry
             for key, entry in metadata.state_dict_metadata.items()

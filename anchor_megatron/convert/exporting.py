@@ -17,9 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from anchor_megatron.config import ModelConfig, model_config
+from anchor_megatron.config import ModelConfig, model_config, read_sections
 from anchor_megatron.convert.aside import check_room, written_aside
 from anchor_megatron.convert.dist_files import DistReader
 from anchor_megatron.convert.families import FAMILIES
@@ -102,10 +100,7 @@ def _read_run(step: Path) -> dict[str, Any]:
     path = step / "config.yaml"
     if not path.is_file():
         raise ValueError(f"{path}: expected the run's configuration, got no such file")
-    run = yaml.safe_load(path.read_text())
-    if not isinstance(run, dict):
-        raise ValueError(f"{path}: expected sections, got {type(run).__name__}")
-    return run
+    return read_sections(path)
 
 
 def _started_from(step: Path) -> list[Path]:

@@ -104,6 +104,8 @@ def _add_pickle(source: Source, path: Path) -> None:
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # pickle, zip and torch each raise their own
         raise ValueError(f"{path}: torch cannot load it with weights_only: {error}") from error
+    if not isinstance(state, dict):
+        raise ValueError(f"{path}: got {type(state).__name__}, expected a dictionary of tensors")
     for name, tensor in state.items():
         if not isinstance(tensor, Tensor) or tensor.dtype not in DTYPES.values() or not tensor.dim():
             raise ValueError(f"{path}: {name}: got {type(tensor).__name__}, expected a floating-point tensor")

@@ -128,9 +128,9 @@ class Documents:
         if not os.path.isfile(path):
             return None
         try:
-            found = np.asarray(np.lib.format.open_memmap(path, mode="r"))
-        except Exception as error:  # numpy raises many kinds for what is no array
-            raise ValueError(f"{path}: is no array of numpy's ({error})") from error
+            found = np.asarray(np.lib.format.open_memmap(path, mode="r"))  # allocates nothing
+        except Exception as error:  # a damaged header raises almost anything
+            raise ValueError(f"{path}: expected an array in numpy's format, got {error!r}") from error
         if (
             found.shape != (len(self),)
             or found.dtype.kind not in "iu"

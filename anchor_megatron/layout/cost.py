@@ -126,8 +126,8 @@ def read_machine(path: str | Path) -> Machine:
     fields under "machine". ValueError where there is none, or an unknown field or value.
     """
     try:
-        found = json.loads(Path(path).read_text())["machine"]
-    except (OSError, KeyError, TypeError, json.JSONDecodeError) as error:
+        found = dict(json.loads(Path(path).read_text())["machine"])
+    except (OSError, KeyError, TypeError, ValueError, RecursionError) as error:
         raise ValueError(f"{path}: expected a JSON file with an entry machine, got {error!r}") from error
     known = [one.name for one in fields(Machine)]
     for name, value in found.items():

@@ -12,12 +12,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import yaml
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories
 
-from anchor_megatron.config import model_config
+from anchor_megatron.config import model_config, read_sections
 from anchor_megatron.model.gpt import AnchorGPT
 
 __all__ = ["check_fit"]
@@ -45,7 +44,7 @@ def check_fit(gpt: AnchorGPT, folder: Path) -> None:
 
 def _fields(gpt: AnchorGPT, file: Path) -> Iterator[tuple[str, Any, Any]]:
     """Name, this model's value and the checkpoint's of all that decides a tensor's shape or meaning."""
-    saved, built = model_config(yaml.safe_load(file.read_text())["model"]), gpt.config
+    saved, built = model_config(read_sections(file).get("model", {})), gpt.config
     for name in ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups"):
         yield name, getattr(built, name), getattr(saved, name)
     head_dim = saved.kv_channels or saved.hidden_size // saved.num_attention_heads

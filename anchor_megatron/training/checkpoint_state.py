@@ -13,12 +13,11 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import yaml
 from megatron.core import dist_checkpointing, parallel_state, tensor_parallel
 from megatron.core.dist_checkpointing import ShardedTensor
 from torch import Tensor
 
-from anchor_megatron.config import Config, DataConfig
+from anchor_megatron.config import Config, DataConfig, read_sections
 from anchor_megatron.training.optimizer import create_optimizer_state
 from anchor_megatron.training.step import Trainee
 
@@ -69,7 +68,7 @@ def restore_generators(config: Config, folder: Path) -> None:
     saved = dist_checkpointing.load_tensors_metadata(str(folder)).get("generators")
     expected = generators()
     file = folder / "config.yaml"
-    layout = yaml.safe_load(file.read_text())["parallel"] if file.is_file() else None
+    layout = read_sections(file).get("parallel") if file.is_file() else None
     if saved is None or layout != vars(config.parallel):
         return
     if tuple(saved.global_shape) != tuple(expected["generators"].global_shape):
@@ -92,7 +91,7 @@ def warn_of_other_data(config: Config, folder: Path) -> None:
     file = folder / "config.yaml"
     if dist.get_rank() or not file.is_file():
         return
-    saved = yaml.safe_load(file.read_text())
+    saved = read_sections(file)
     for section, names in _WINDOW_FIELDS.items():
         for name in names:
             got, before = getattr(getattr(config, section), name), saved.get(section, {}).get(name)

@@ -1,6 +1,6 @@
 """Pickles inside a checkpoint, looked at before torch or Megatron-Core load them with nothing held back.
 
-`.metadata` is a pickle, and so are the few entries that are no tensors (Megatron-Core's `_extra_state`). A
+`.metadata` is a pickle, and so are common.pt and the few entries that are no tensors (`_extra_state`). A
 pickle can name any function to call, so each is first read by an unpickler that knows nothing but what
 checkpoints consist of.
 """
@@ -64,6 +64,7 @@ def check_pickles(folder: Path) -> None:
     file's.
     """
     metadata = read_metadata(folder)
+    _check_common(folder / "common.pt")
     try:
         entries = [
             (index.fqn, place.relative_path, int(place.offset), int(place.length))
@@ -81,6 +82,19 @@ def check_pickles(folder: Path) -> None:
             raise ValueError(f"{folder / '.metadata'}: {key}: got file {name!r}, expected one beside it")
         if key in plain:
             _check_entry(folder / name, key, offset, length)
+
+
+def _check_common(path: Path) -> None:
+    """What Megatron-Core loads whole, with weights_only as torch's default has it."""
+    size = path.stat().st_size if path.is_file() else 0
+    if not 0 < size <= _LARGEST_ENTRY:
+        raise ValueError(f"{path}: got {size} bytes, expected a checkpoint's plain values")
+    try:
+        found = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # pickle, zip and torch each raise their own
+        raise ValueError(f"{path}: refused to load it: {error}") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{path}: got {type(found).__name__}, expected a dictionary")
 
 
 def _check_entry(path: Path, key: str, offset: int, length: int) -> None:

@@ -248,7 +248,7 @@ def steps(number: int, data: Path, folder: Path) -> bool:
 def fuzz(cases: int, folder: Path) -> bool:
     """Every parser of outside bytes, on so many files each."""
     test_fuzz.make_good(folder)
-    counts = {name: (cases if name != "jsonl" else cases // 10) for name in test_fuzz.FILES}
+    counts = {name: cases // test_fuzz.SLOW.get(name, 1) for name in test_fuzz.FILES}
     with scenes.quiet():
         refused = {name: test_fuzz.fuzz(name, folder, cases=count) for name, count in counts.items()}
     files = sum(counts.values())

@@ -18,6 +18,7 @@ import pytest
 from faults import scenes
 
 from anchor_megatron.config import Config
+from anchor_megatron.convert.dist_files import DistReader
 from anchor_megatron.testing.ranks import RankError, run_ranks
 from anchor_megatron.training.checkpoint_find import delete_old, folder_name, step_folders
 from anchor_megatron.training.lock import RunLock
@@ -169,6 +170,8 @@ def test_a_pickle_that_does_more_than_hold_data_is_refused(straight: Config, tmp
     (folder / ".metadata").write_bytes(pickle.dumps(Exploit()))
     with pytest.raises(ValueError, match=r"\.metadata: refused to load it: it names (posix|nt)\.system"):
         check_pickles(folder)
+    with pytest.raises(ValueError, match=r"\.metadata: refused to load it: it names (posix|nt)\.system"):
+        DistReader(folder)
     assert not Path("exploited").exists()
 
 

@@ -6,10 +6,12 @@ The address space is limited meanwhile, so that a header that claims any size ca
 from __future__ import annotations
 
 import json
+import re
 import resource
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 
 import hypothesis
@@ -20,10 +22,14 @@ from faults import scenes
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from anchor_megatron.config import load_config
+from anchor_megatron.config import load_config, read_sections, save_config
+from anchor_megatron.convert.hf_config import read_hf_config, read_model, write_hf_config
 from anchor_megatron.convert.sources import open_source
 from anchor_megatron.data.documents import Documents, tokenizer_folder
 from anchor_megatron.data.preprocess import Job, preprocess
+from anchor_megatron.data.tokenizer import load_tokenizer
+from anchor_megatron.layout.cost import Machine, read_machine
+from anchor_megatron.testing.models import tiny_config
 from anchor_megatron.training.manifest import MANIFEST, read_manifest, write_manifest
 from anchor_megatron.training.safe_load import check_pickles
 
@@ -32,15 +38,23 @@ pytestmark = pytest.mark.faults
 ROOM = 1 << 30  # bytes that a parser may take beyond what the process has
 FILES = {  # parser: the file it is given, of the good ones below
     "index": "set.idx",
-    "sources": "set_sources.npy",
+    "tokens": "set.bin",
     "summary": "set.json",
+    "sources": "set_sources.npy",
     "jsonl": "text.jsonl",
+    "tokenizer": "set_tokenizer/tokenizer.json",
     "safetensors": "model.safetensors",
     "safetensors index": "sharded/model.safetensors.index.json",
+    "weights pickle": "pickled/pytorch_model.bin",
+    "model configuration": "config.json",
     "manifest": f"checkpoint/{MANIFEST}",
     "metadata": "checkpoint/.metadata",
+    "plain values": "checkpoint/common.pt",
+    "checkpoint's configuration": "checkpoint/config.yaml",
     "configuration": "run.yaml",
+    "plan's machine": "machine.json",
 }
+SLOW = {"jsonl": 10, "tokenizer": 10, "configuration": 2}  # so many times fewer cases
 
 
 @pytest.fixture(scope="module")
@@ -60,8 +74,16 @@ def make_good(folder: Path) -> Path:
     (folder / "sharded" / "model.safetensors.index.json").write_text(json.dumps(shards))
     (folder / "checkpoint").mkdir()
     torch.distributed.checkpoint.save({"a": torch.ones(3)}, checkpoint_id=folder / "checkpoint", no_dist=True)
-    for name in ("metadata.json", "common.pt", "config.yaml"):
-        (folder / "checkpoint" / name).write_text("{}")
+    (folder / "pickled").mkdir()
+    torch.save({"a": torch.ones(2, 3)}, folder / "pickled" / "pytorch_model.bin")
+    (folder / "checkpoint" / "metadata.json").write_text("{}")
+    torch.save({"step": 1, "state": {"losses": [1.0, 2.0]}}, folder / "checkpoint" / "common.pt")
+    save_config(tiny_config(), folder / "checkpoint" / "config.yaml")
+    shape = tiny_config(vocab_size=300).model
+    hf = write_hf_config(shape, None, torch_dtype="float32", longest=64, token_ids={"bos_token_id": 0})
+    (folder / "config.json").write_text(json.dumps(hf))
+    np.save(folder / "set_sources.npy", np.zeros(len(Documents(folder / "set")), dtype=np.uint8))
+    (folder / "machine.json").write_text(json.dumps({"machine": asdict(Machine())}))
     write_manifest(folder / "checkpoint", step=1, known={})
     (folder / "run.yaml").write_text("data: {train: set, seq_length: 64}\ntrain: {steps: 3, seed: 5}\n")
     for name in FILES:
@@ -72,10 +94,12 @@ def make_good(folder: Path) -> Path:
 def parse(name: str, folder: Path) -> None:
     """Has one parser read its file in `folder`."""
     path = folder / FILES[name]
-    if name in ("index", "sources", "summary"):
+    if name in ("index", "tokens", "summary", "sources"):
         documents = Documents(folder / "set")
         documents.tokens(0, 0, documents.lengths[0])
         tokenizer_folder(folder / "set")
+    elif name == "tokenizer":
+        load_tokenizer(path.parent)
     elif name == "jsonl":
         output = folder / "out" / "set"
         preprocess(Job((path,), output, tokenizer=folder / "set_tokenizer"))
@@ -83,10 +107,18 @@ def parse(name: str, folder: Path) -> None:
         open_source(folder).close()
     elif name == "safetensors index":
         open_source(path.parent).close()
+    elif name == "weights pickle":
+        open_source(path.parent, allow_pickle=True).close()
+    elif name == "model configuration":
+        read_model(read_hf_config(path))
     elif name == "manifest":
         read_manifest(path.parent)
-    elif name == "metadata":
+    elif name in ("metadata", "plain values"):
         check_pickles(path.parent)
+    elif name == "checkpoint's configuration":
+        read_sections(path)
+    elif name == "plan's machine":
+        read_machine(path)
     else:
         load_config(path)
 
@@ -115,7 +147,7 @@ def fuzz(name: str, good: Path, *, cases: int) -> int:
             with little_memory():
                 parse(name, good)
         except ValueError as error:
-            assert str(error), "a refusal says why"
+            assert names(str(error), path), f"got {error}, expected a refusal that names file or field"
             refused[0] += 1
         finally:
             shutil.rmtree(good / "out", ignore_errors=True)
@@ -125,6 +157,12 @@ def fuzz(name: str, good: Path, *, cases: int) -> int:
     finally:
         path.write_bytes(content)
     return refused[0]
+
+
+def names(message: str, path: Path) -> bool:
+    """Whether a refusal says where to look: in a file, or in a configuration at a field."""
+    field = re.match(r"[a-z]+\.[a-z0-9_]+: got ", message)
+    return path.name in message or str(path.parent) in message or field is not None
 
 
 def edited(content: bytes) -> st.SearchStrategy[bytes]:
@@ -146,4 +184,4 @@ def edited(content: bytes) -> st.SearchStrategy[bytes]:
 
 @pytest.mark.parametrize("name", FILES)
 def test_a_parser_takes_or_refuses(name: str, good: Path) -> None:
-    assert fuzz(name, good, cases=20 if name == "jsonl" else 120) > 0
+    assert fuzz(name, good, cases=100 // SLOW.get(name, 1)) > 0
