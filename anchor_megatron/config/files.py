@@ -14,7 +14,7 @@ from anchor_megatron.config.checks import check_config
 from anchor_megatron.config.fields import Config, ModelConfig
 from anchor_megatron.presets import MODEL_PRESETS
 
-__all__ = ["load_config", "model_config", "read_sections", "save_config"]
+__all__ = ["data_config", "load_config", "model_config", "read_sections", "save_config"]
 
 
 def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
