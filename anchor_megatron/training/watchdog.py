@@ -78,8 +78,9 @@ class Watchdog:
         """A line for every rank that is gone or behind. Takes a few publishing intervals."""
         self._publish()
         before = self._records()
-        self._stopped.wait(3 * self._interval)
-        self._publish()
+        for _ in range(3):  # others may be asking at the same time, and must see that this rank lives
+            self._stopped.wait(self._interval)
+            self._publish()
         after = self._records()
         silent = [
             rank for rank, record in after.items() if record == before.get(rank) and record != self._own()
