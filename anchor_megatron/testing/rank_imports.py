@@ -3,6 +3,8 @@
 Importing this changes the process: without a GPU it is one where Megatron-Core takes the CPU for its device.
 """
 
+import gc
+
 import torch
 
 from anchor_megatron import cpu
@@ -13,3 +15,6 @@ if not torch.cuda.is_available():
 import megatron.core.distributed  # noqa: E402
 import megatron.core.models.gpt  # noqa: E402
 import megatron.core.optimizer  # noqa: E402, F401
+
+gc.collect()
+gc.freeze()  # what lives by now is shared by all ranks and never garbage: no rank need look through it
