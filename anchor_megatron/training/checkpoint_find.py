@@ -112,10 +112,11 @@ def delete_old(directory: Path, *, keep_last: int | None, keep_every: int | None
 
 
 def delete(directory: Path, steps: list[int]) -> None:
-    """Deletes the checkpoints after `steps` steps; the files go in a thread of their own."""
+    """Deletes the checkpoints of these steps; the files go in a thread of their own."""
     doomed = [directory / f"{folder_name(step)}.deleted" for step in steps]
     for step, aside in zip(steps, doomed, strict=True):
-        shutil.rmtree(aside, ignore_errors=True)  # of the same step, deleted a moment ago
+        if aside.exists():  # of the same step, deleted a moment ago
+            shutil.rmtree(aside, ignore_errors=True)
         (directory / folder_name(step)).rename(aside)  # half deleted, it must not look like a checkpoint
     if doomed:
         threading.Thread(target=_remove, args=(doomed,), name="checkpoint-deleter").start()

@@ -76,10 +76,8 @@ class Reporter:
         figures |= held_out | self.watched | self.further(self.pending)
         self.started, self.pending, self.watched = now, [], {}
         for sink in self.sinks:
-            try:
+            with _outlived():
                 sink(figures)
-            except OSError as error:  # a full disk must not end the run here: saving will say so
-                _log.warning("step %d: a report could not be written: %s", step, error)
         return figures
 
     def restart(self) -> None:
@@ -89,7 +87,8 @@ class Reporter:
     def close(self) -> None:
         """Flushes and closes what reports are written to."""
         for sink in self.sinks:
-            getattr(sink, "close", lambda: None)()
+            with _outlived():
+                getattr(sink, "close", lambda: None)()
 
     def _figures(self, step: int, sums: dict[str, float], *, seconds: float) -> dict[str, Any]:
         steps, config = len(self.pending), self.config
@@ -158,6 +157,15 @@ def batch_balance(results: list[StepResult]) -> float:
     dist.all_reduce(largest, op=dist.ReduceOp.MAX)
     dist.all_reduce(means)
     return float((largest * dist.get_world_size() / means).mean())
+
+
+@contextlib.contextmanager
+def _outlived() -> Iterator[None]:
+    """A disk that is full or gone must not end the run here: saving a checkpoint will say so."""
+    try:
+        yield
+    except OSError as error:
+        _log.warning("a report could not be written: %s", error)
 
 
 def _sinks(config: Config) -> list[Any]:
