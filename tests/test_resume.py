@@ -4,31 +4,28 @@ on another.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import shutil
-import subprocess
-import sys
+import signal
 import sysconfig
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 import torch
 from test_parallel import read_whole
 
-from anchor_megatron.config import Config, save_config
+from anchor_megatron.config import Config
 from anchor_megatron.data.preprocess import Job, preprocess
 from anchor_megatron.testing.models import tiny_config
-from anchor_megatron.testing.ranks import run_ranks
+from anchor_megatron.testing.ranks import RankError, run_ranks
 from anchor_megatron.training.loop import Run
 from anchor_megatron.training.optimizer import create_optimizer_state
 
-ROOT = Path(__file__).resolve().parent.parent
 STEPS, MIDDLE = 10, 5
 
 # layout: (fields of `parallel`, number of ranks)
@@ -189,41 +186,30 @@ def test_another_padding_of_the_vocabulary_goes_on(
         assert loss == pytest.approx(wanted[step], abs=1e-5, rel=0), f"step {step}"
 
 
-def start_command(config_file: Path, output: Path) -> subprocess.Popen:
-    words = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
-    with output.open("a") as file:
-        return subprocess.Popen(
-            [*words, str(ROOT / "pretrain_anchor.py"), str(config_file)],
-            stdout=file, stderr=file, env=os.environ | {"OMP_NUM_THREADS": "1"},
-        )  # fmt: skip
+def train_and_die(rank: int, world_size: int, config: Config, reached: Path) -> None:
+    """Trains until the folder `reached` is there: then every rank is killed, as by a machine that fails."""
 
+    def die() -> None:
+        while not reached.exists():
+            time.sleep(0.002)
+        os.kill(os.getpid(), signal.SIGKILL)
 
-def kill_after(process: subprocess.Popen, reached: Callable[[], bool], output: Path) -> None:
-    """Kills all ranks at once, as a machine that fails does, when `reached`."""
-    deadline = time.monotonic() + 120
-    while not reached():
-        assert process.poll() is None and time.monotonic() < deadline, output.read_text()
-        time.sleep(0.002)
-    family = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
-    for member in family:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            member.kill()
-    process.wait()
-    assert len(family) > 2, "torchrun, two ranks and what they started"
+    threading.Thread(target=die, daemon=True).start()
+    Run(config).train()
 
 
 def test_a_killed_run_resumes_bit_for_bit(straight: Straight, data: Path, tmp_path: Path) -> None:
     config = configuration(data, tmp_path / "killed", "CP 2", data=dict(num_workers=1))
-    save_config(config, tmp_path / "run.yaml")
-    output = tmp_path / "output.txt"
-    process = start_command(tmp_path / "run.yaml", output)
-    kill_after(process, checkpoint(config, MIDDLE).exists, output)
+    with pytest.raises(RankError, match="died with exit code -9"):
+        run_ranks(2, train_and_die, config, checkpoint(config, MIDDLE))
     assert not checkpoint(config, STEPS).exists(), "it was to be killed between two checkpoints"
     half_written = tmp_path / "killed" / f"step_{STEPS:07d}.partial"
-    half_written.mkdir()
+    half_written.mkdir(exist_ok=True)
     (half_written / "__0_0.distcp").write_bytes(b"half of it")
-    assert start_command(tmp_path / "run.yaml", output).wait(timeout=120) == 0, output.read_text()
-    assert f"after step {MIDDLE}\n" in output.read_text()
+    before = len(reports(config))
+    train(config, "CP 2")
+    steps = [json.loads(line)["step"] for line in Path(str(config.log.jsonl)).read_text().splitlines()]
+    assert before >= MIDDLE and steps[before:] == list(range(MIDDLE + 1, STEPS + 1))
     assert not half_written.exists()
     assert_same_run(config, straight("CP 2"))
 
