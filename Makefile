@@ -23,7 +23,7 @@ test: $(STAMP)
 	$(BIN)/python -m pytest -q
 
 faults: $(STAMP)
-	$(BIN)/python tests/faults/long.py
+	$(BIN)/python tests/faults/long.py --json benchmarks/results/faults.json
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
