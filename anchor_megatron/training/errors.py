@@ -32,6 +32,8 @@ def _action(error: BaseException) -> str:
         return "Make room or mend the disk, or set another checkpoint.directory."
     if isinstance(error, Diverged):
         return "Look at the documents written out; lower optimizer.lr or leave them out of the data."
+    if "Bus error" in text:  # of a loader's process, which torch takes for shared memory alone
+        return "A data file was cut off, its disk failed, or /dev/shm is full."
     if isinstance(error, torch.OutOfMemoryError):
         return "Set train.recompute, or raise parallel.context or parallel.tensor."
     if isinstance(error, (torch.distributed.DistError, RuntimeError)) and any(

@@ -226,6 +226,11 @@ def test_an_error_says_who_when_and_what_to_do() -> None:
     told = explain(error, rank=3, step=120, phase="computing", saved=100)
     assert told.startswith("rank 3, step 120, computing: RuntimeError: [gloo] Connection closed")
     assert told.endswith("look for its message. The same command goes on from step 100.")
+    error = RuntimeError("DataLoader worker (pid 7) is killed by signal: Bus error.")
+    told = explain(error, rank=3, step=120, phase="waiting for data", saved=None)
+    assert told.endswith(
+        "A data file was cut off, its disk failed, or /dev/shm is full. The same command starts over."
+    )
 
 
 @pytest.mark.slow
