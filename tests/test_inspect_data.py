@@ -75,7 +75,8 @@ def numbers(text: str) -> list[int]:
 def test_what_is_shown_is_what_is_trained_on(
     prefix: Path, mode: str, interleave: int, fields: list[str]
 ) -> None:
-    overrides = [f"data.mode={mode}", f"data.interleave={interleave}", "data.seq_length=700", *fields]
+    overrides = [f"data.mode={mode}", f"data.interleave={interleave}", "data.seq_length=700"]
+    overrides += ["data.shuffle_windows=false", *fields]
     config = data_config(str(prefix), overrides)
     windows = open_windows(config)
     documents, tokenizer = windows.corpus.sets[0], load_tokenizer(f"{prefix}_tokenizer")

@@ -1,4 +1,5 @@
-"""Documents to a data set that pretrain_anchor.py reads: PREFIX.bin, .idx, .json and PREFIX_tokenizer/.
+"""Documents to a data set that pretrain_anchor.py reads: PREFIX.bin, .idx, .json and PREFIX_tokenizer/,
+PREFIX_sources.npy where documents have sources, PREFIX_statistics.json and .png.
 
     python tools/preprocess_data.py corpus.jsonl --tokenizer models/llama-3 --output data/corpus --workers 8
     python tools/preprocess_data.py "shards/*.jsonl.zst" --source-key meta.set --tokenizer T --output data/mix
@@ -18,6 +19,7 @@ def main() -> int:
     """Returns the process's exit status."""
     given = vars(_parser().parse_args())
     from anchor_megatron.data.preprocess import Job, preprocess  # here, as workers re-import this file
+    from anchor_megatron.data.statistics import write_statistics
 
     given["suffixes"], given["inputs"] = tuple(given.pop("suffix")), tuple(given["inputs"])
     try:
@@ -30,6 +32,7 @@ def main() -> int:
         f"tokens, longest {summary.longest:,}, {summary.tokens / seconds:,.0f} tokens/s, "
         f"anchor token {summary.anchor_token}"
     )
+    print(write_statistics(given["output"]))
     if summary.skipped:
         print(f"{summary.skipped:,} records skipped: {given['output']}_skipped.json says which and why")
     return 0

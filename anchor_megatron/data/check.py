@@ -3,7 +3,7 @@
     opening     borders rise, lengths add up to the .bin, the summary has as many documents and tokens,
                 sources are entries of its own
     index       each sequence begins where the one before it ends
-    ids         each below the vocabulary, and none above the largest that the summary has
+    ids         each below the vocabulary, none above the largest that the summary has, all of its checksum
     summary     its longest document
     tokenizer   opens, and has the vocabulary and the anchor that the summary names
 
@@ -13,6 +13,7 @@ is wrong is told part by part, not only the first.
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -69,10 +70,12 @@ def _sequences(documents: Documents, lengths: np.ndarray) -> Iterator[str]:
 def _ids(documents: Documents, lengths: np.ndarray) -> Iterator[str]:
     """Every token is one of the vocabulary's, and the largest is the summary's."""
     path, summary, dtype = f"{documents.prefix}.bin", documents.summary, documents.index.dtype
-    largest = 0
+    largest = crc32 = 0
     for first in range(0, summary.tokens, _PART):
         # read, not mapped: pages of a file of terabytes would pile up in memory
-        ids = np.fromfile(path, dtype=dtype, count=_PART, offset=first * dtype.itemsize).astype(np.int64)
+        raw = np.fromfile(path, dtype=dtype, count=_PART, offset=first * dtype.itemsize)
+        crc32 = zlib.crc32(raw.tobytes(), crc32)
+        ids = raw.astype(np.int64)
         wrong = (ids < 0) | (ids >= summary.vocab_size)
         if wrong.any():
             at = int(np.argmax(wrong))
@@ -83,6 +86,8 @@ def _ids(documents: Documents, lengths: np.ndarray) -> Iterator[str]:
             )
             return
         largest = max(largest, int(ids.max()))
+    if summary.crc32 not in (None, crc32):
+        yield f"{path}: got bytes of CRC-32 {crc32}, expected {summary.crc32} as when they were written"
     if largest != summary.largest_token:
         yield f"{documents.prefix}.json: largest_token: got {summary.largest_token}, but {path} has {largest}"
 

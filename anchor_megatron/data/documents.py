@@ -44,6 +44,8 @@ class Summary:
     """Names that PREFIX_sources.npy numbers; none where documents have no source."""
     skipped: int = 0
     """Records that could not be used and were left out (PREFIX_skipped.json says why)."""
+    crc32: int | None = None
+    """Of all bytes of the .bin; null where it was not noted."""
 
     def write(self, path: Path) -> None:
         """Writes the summary as JSON."""
@@ -60,7 +62,7 @@ class Summary:
         got = set(values) if isinstance(values, dict) else set()
         if expected != got:
             raise ValueError(f"{path}: got fields {sorted(got)}, expected {sorted(expected)}")
-        kinds = {"int": int, "str": str, "list[str]": list}
+        kinds: dict[str, Any] = {"int": int, "int | None": int | None, "str": str, "list[str]": list}
         for entry in dataclasses.fields(cls):
             if not isinstance(values[entry.name], kinds[str(entry.type)]):
                 raise ValueError(f"{path}: {entry.name}: got {values[entry.name]!r}, expected {entry.type}")

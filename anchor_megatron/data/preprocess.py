@@ -194,6 +194,7 @@ def _tokenise(
         anchor_token=anchor,
         tokenizer=job.finals["_tokenizer"].name,
         sources=unfinished.source_names,
+        crc32=unfinished.crc32,
     )
     parts |= {"_tokenizer": job.unfinished / "tokenizer", ".json": job.unfinished / "summary.json"}
     summary.write(parts[".json"])

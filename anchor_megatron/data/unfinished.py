@@ -113,6 +113,11 @@ class Unfinished:
             os.fsync(journal.fileno())
         self.files_done = len(files)
 
+    @property
+    def crc32(self) -> int:
+        """Of all token ids so far."""
+        return self._sums["tokens"]
+
     def finish(self, dtype: np.dtype) -> dict[str, Path]:
         """Closes the streams; the parts of the data set, by suffix. Without sources where no document has
         one; ValueError where some have.

@@ -47,7 +47,10 @@ def make_data(folder: Path) -> Path:
     files = sorted((Path(sysconfig.get_paths()["stdlib"]) / "json").glob("*.py"))
     paragraphs = [part for path in files for part in path.read_text().split("\n\n") if part.strip()]
     prefix.with_suffix(".jsonl").write_text("\n".join(json.dumps({"text": part}) for part in paragraphs))
-    preprocess(Job((prefix.with_suffix(".jsonl"),), prefix, train_tokenizer=300, overwrite=True))
+    job = Job(
+        (prefix.with_suffix(".jsonl"),), prefix, train_tokenizer=300, overwrite=True, source_from="file"
+    )
+    preprocess(job)
     return prefix
 
 

@@ -25,6 +25,7 @@ from safetensors.torch import save_file
 from anchor_megatron.config import load_config, read_sections, save_config
 from anchor_megatron.convert.hf_config import read_hf_config, read_model, write_hf_config
 from anchor_megatron.convert.sources import open_source
+from anchor_megatron.data.check import check_data_set
 from anchor_megatron.data.documents import Documents, tokenizer_folder
 from anchor_megatron.data.preprocess import Job, preprocess
 from anchor_megatron.data.tokenizer import load_tokenizer
@@ -64,8 +65,7 @@ def good(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def make_good(folder: Path) -> Path:
     """Puts a file that it takes before every parser."""
-    prefix = scenes.make_data(folder)
-    np.save(f"{prefix}_sources.npy", np.zeros(len(Documents(prefix)), dtype=np.uint8))
+    scenes.make_data(folder)
     (folder / "text.jsonl").write_text('{"text": "one"}\n{"text": "two"}\n')
     save_file({"a": torch.ones(2, 3), "b": torch.zeros(4)}, folder / "model.safetensors")
     (folder / "sharded").mkdir()
@@ -82,7 +82,6 @@ def make_good(folder: Path) -> Path:
     shape = tiny_config(vocab_size=300).model
     hf = write_hf_config(shape, None, torch_dtype="float32", longest=64, token_ids={"bos_token_id": 0})
     (folder / "config.json").write_text(json.dumps(hf))
-    np.save(folder / "set_sources.npy", np.zeros(len(Documents(folder / "set")), dtype=np.uint8))
     (folder / "machine.json").write_text(json.dumps({"machine": asdict(Machine())}))
     write_manifest(folder / "checkpoint", step=1, known={})
     (folder / "run.yaml").write_text("data: {train: set, seq_length: 64}\ntrain: {steps: 3, seed: 5}\n")
@@ -183,13 +182,15 @@ def edited(content: bytes) -> st.SearchStrategy[bytes]:
 
 
 def test_a_flipped_bit_of_an_index_is_found_wherever_it_is(tmp_path: Path) -> None:
-    """Sequence lengths, where they lie, and document borders say the same three times over."""
+    """Sequence lengths, where they lie, and document borders say the same three times over, and the look at a
+    whole data set holds them against each other.
+    """
     path = scenes.make_data(tmp_path).with_suffix(".idx")
     content = path.read_bytes()
     for place in range(0, len(content), 11):
         path.write_bytes(content[:place] + bytes([content[place] ^ 1 << place % 8]) + content[place + 1 :])
-        with pytest.raises(ValueError, match=r"set\.(idx|bin): "):
-            Documents(tmp_path / "set")
+        problems = check_data_set(tmp_path / "set")
+        assert problems and re.search(r"set\.(idx|bin|json): ", problems[0]), place
 
 
 @pytest.mark.parametrize("name", FILES)
