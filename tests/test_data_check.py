@@ -19,6 +19,7 @@ from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 from test_inspect_data import paragraphs, tool
 from test_packing import write_documents
 
+from anchor_megatron.data import index
 from anchor_megatron.data.check import check_data_set
 from anchor_megatron.data.documents import Documents, Summary
 
@@ -72,11 +73,12 @@ def sources(content: bytes | np.ndarray) -> Callable[[Path], None]:
     [
         (lambda p: os.truncate(f"{p}.bin", 100), r"set\.bin: got 100 bytes, expected the \d+"),
         (put(".bin", np.uint16, 100, 700), r"set\.bin: document \d+, its token \d+: got id 700, expected"),
-        (put("pointers", np.int64, 4, 6), r"set\.idx: document 4: got a beginning at byte 6, expected \d+"),
-        (put("pointers", np.int64, 4, -6), r"set\.idx: document 4: got a beginning at byte -6"),
-        (put("lengths", np.int32, 4, -6), r"set\.idx: got lengths of \d+ tokens in all and -6 at least"),
-        (put("lengths", np.int32, 4, 10**6), r"set\.idx: got lengths of \d+ tokens in all and 0 at least"),
-        (put("borders", np.int64, 4, 9), r"set\.idx: document borders do not rise"),
+        (put("pointers", np.int64, 4, 6), r"set\.idx: document 4: got \d+ tokens from byte 6 of .* expected"),
+        (put("pointers", np.int64, 4, -6), r"set\.idx: document 4: got \d+ tokens from byte -6"),
+        (put("lengths", np.int32, 4, -6), r"set\.idx: document 4: got -6 tokens"),
+        (put("lengths", np.int32, 4, 10**6), r"set\.idx: document 5: got \d+ tokens from byte \d+ of"),
+        (put("borders", np.int64, 4, 9), r"set\.idx: document 3: got borders that do not rise as those"),
+        (put("borders", np.int64, 4, 3), r"set\.idx: document 3: got borders that do not rise as those"),
         (put("borders", np.int64, 0, 1), r"set\.idx: document borders do not rise from 0"),
         (sources(np.array([0, -1])), r"set_sources\.npy: got int64 \(\d+,\), expected for each of"),
         (sources(np.array([0, 2], dtype=np.uint8)), r"set_sources\.npy: got uint8"),
@@ -121,13 +123,12 @@ def test_the_document_of_a_wrong_id_is_the_one_that_holds_it(tmp_path: Path) -> 
         Documents(tmp_path / "set").tokens(2, 0, 4)
 
 
-def test_a_document_that_lies_elsewhere_is_refused_when_it_is_read(tmp_path: Path) -> None:
+def test_an_index_whose_parts_differ_is_refused_before_it_is_used(tmp_path: Path) -> None:
     write_documents(tmp_path / "set", [3, 4, 2, 5])
     put("pointers", np.int64, 2, 4)(tmp_path / "set")
-    documents = Documents(tmp_path / "set")
-    assert documents.tokens([0, 3], [0, 0], [3, 5]).tolist() == [2, 3, 4, 11, 12, 13, 14, 15]
-    with pytest.raises(ValueError, match=r"set.idx: document 2: got bytes 4 to 36, expected 2 tokens"):
-        documents.tokens([0, 2], [0, 0], [3, 2])
+    for use in (lambda one: one.lengths, lambda one: one.tokens(0, 0, 3)):
+        with pytest.raises(ValueError, match=r"set.idx: document 2: got 2 tokens from byte 4 of .* at 28"):
+            use(Documents(tmp_path / "set"))
     put("pointers", np.int64, 3, 13)(tmp_path / "set")
     with pytest.raises(ValueError, match=r"set.idx: got 33 bytes of tokens, expected a multiple of 4"):
         Documents(tmp_path / "set")
@@ -135,20 +136,34 @@ def test_a_document_that_lies_elsewhere_is_refused_when_it_is_read(tmp_path: Pat
 
 def test_documents_of_several_sequences_are_their_tokens_one_after_another(tmp_path: Path) -> None:
     builder = IndexedDatasetBuilder(str(tmp_path / "set.bin"), dtype=np.int32)
-    for document in ([[2, 3], [4]], [], [[5, 6, 7]], [[8], [9, 10]], []):
+    for document in ([[2, 3], [4]], [], [[5, 6, 7]], [[8], [9, 10]], [], []):
         for sequence in document:
             builder.add_item(torch.tensor(sequence, dtype=torch.int32))
         builder.end_document()
     builder.finalize(str(tmp_path / "set.idx"))
-    counts = dict(documents=5, tokens=9, longest=3, empty=0, largest_token=10, vocab_size=11, anchor_token=1)
+    counts = dict(documents=6, tokens=9, longest=3, empty=0, largest_token=10, vocab_size=11, anchor_token=1)
     Summary(**counts, tokenizer="none", sources=[]).write(tmp_path / "set.json")
     documents = Documents(tmp_path / "set")
-    assert documents.lengths.tolist() == [3, 0, 3, 3, 0]
-    assert documents.tokens([3, 0, 4, 2], [0, 1, 0, 0], [3, 3, 0, 1]).tolist() == [8, 9, 10, 3, 4, 5]
+    assert documents.lengths.tolist() == [3, 0, 3, 3, 0, 0]
+    assert documents.tokens([3, 0, 5, 2], [0, 1, 0, 0], [3, 3, 0, 1]).tolist() == [8, 9, 10, 3, 4, 5]
+
+
+def test_a_flipped_bit_of_an_index_is_found_wherever_it_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(index, "_PART", 4)
+    write_documents(tmp_path / "set", [3, 0, 4, 2, 7, 1, 1, 5, 9, 6])
+    content = (tmp_path / "set.idx").read_bytes()
+    for bit in range(8 * len(content)):
+        damaged = bytearray(content)
+        damaged[bit // 8] ^= 1 << bit % 8
+        (tmp_path / "set.idx").write_bytes(damaged)
+        with pytest.raises(ValueError, match=r"set\.(idx|bin|json): "):
+            _ = Documents(tmp_path / "set").lengths
 
 
 def test_an_index_of_a_hundred_million_documents_is_not_read_to_open_it(tmp_path: Path) -> None:
-    """The files are holes, but for what opening looks at; lengths, looked at later, do not add up then."""
+    """The files are holes, but for what opening looks at."""
     count, tokens = 100_000_000, 10**9
     with (tmp_path / "set.idx").open("wb") as file:
         file.write(struct.pack("<9sQBQQ", b"MMIDIDX\x00\x00", 1, 4, count, count + 1))
@@ -165,5 +180,3 @@ def test_an_index_of_a_hundred_million_documents_is_not_read_to_open_it(tmp_path
     assert len(documents) == count
     assert time.perf_counter() - started < 2
     assert psutil.Process().memory_info().rss - held < 2**26
-    with pytest.raises(ValueError, match="set.idx: got lengths of 0 tokens in all"):
-        _ = documents.lengths

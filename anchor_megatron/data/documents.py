@@ -11,7 +11,6 @@ tokens make a .bin of 12 bytes, `lengths` 3 2 1, and `tokens([2, 0], [0, 1], [1,
 from __future__ import annotations
 
 import dataclasses
-import functools
 import json
 import os
 from dataclasses import dataclass
@@ -79,8 +78,8 @@ def tokenizer_folder(prefix: str | Path) -> Path:
 
 class Documents:
     """The documents under a prefix. Opening reads sources and the ends of the index; all else is mapped, and
-    looked at when it is used: `lengths` as a whole when first asked for, a document's place and ids when it
-    is read. `check.py` looks at everything.
+    looked at when it is used: the index as a whole when `lengths` are first asked for, a document's ids when
+    it is read. `check.py` looks at everything.
 
     lengths           integers [documents], in tokens
     document_sources  integers [documents], entries of summary.sources; None where the set has none
@@ -144,10 +143,10 @@ class Documents:
             )
         return found
 
-    @functools.cached_property
+    @property
     def lengths(self) -> np.ndarray:
-        """ValueError naming the index where it counts other tokens than lie in the file."""
-        return self.index.lengths()
+        """As the index's; ValueError naming it, and a document, where it does not hold together."""
+        return self.index.lengths
 
     def __len__(self) -> int:
         return self.index.documents
@@ -155,13 +154,12 @@ class Documents:
     def tokens(self, documents: ArrayLike, starts: ArrayLike, stops: ArrayLike) -> np.ndarray:
         """Tokens [start, stop) of one document or of several, one after another: int64 [sum of lengths].
 
-        ValueError naming file and document for an id that is no token, or where the index has another place
-        for the document than its length says.
+        ValueError naming file and document for an id that is no token.
         """
         chosen, begins, ends = (np.atleast_1d(values) for values in (documents, starts, stops))
         counts = ends - begins
         firsts = np.cumsum(counts) - counts
-        places = np.repeat(self.index.starts(chosen, self.lengths[chosen]) + begins - firsts, counts)
+        places = np.repeat(self.index.starts(chosen) + begins - firsts, counts)
         places += np.arange(places.size)
         found = self._tokens[places].astype(np.int64)
         unsigned = found.view(np.uint64)  # in which a negative id is a large one

@@ -9,12 +9,12 @@ Documents "5 6 7", "8 9" and "4" of two-byte tokens, a sequence each: lengths 3 
 0 1 2 3. A document of several sequences is their tokens one after another.
 
 The header may claim anything, and is held against the file's size before the arrays are mapped. Then only
-their ends are looked at. Whether all lengths and borders make sense is asked by `lengths`, whether a document
-lies where the lengths have it by `starts`, for the documents that are read.
+their ends are looked at. Whether all three arrays say the same is asked by `lengths`, once, in parts.
 """
 
 from __future__ import annotations
 
+import functools
 import os
 import struct
 from collections.abc import Iterator
@@ -44,6 +44,8 @@ class Index:
     sequence_lengths  int32 [n], in tokens
     pointers          int64 [n], bytes before each sequence in the .bin
     borders           int64 [documents + 1], sequences before each document
+
+    Whether the arrays make sense is known once `lengths` have been asked for.
     """
 
     def __init__(self, path: str) -> None:
@@ -51,10 +53,10 @@ class Index:
         self.dtype, sequences, borders = _read_header(path)
         self.documents = borders - 1
         mapped = np.memmap(path, mode="r")
-        ends = np.cumsum([_HEADER.size, 4 * sequences, 8 * sequences, 8 * borders])
-        parts = [np.asarray(mapped[begin:end]) for begin, end in zip(ends, ends[1:], strict=False)]
-        self.sequence_lengths = parts[0].view(np.int32)
-        self.pointers, self.borders = (part.view(np.int64) for part in parts[1:])
+        self._ends = np.cumsum([_HEADER.size, 4 * sequences, 8 * sequences, 8 * borders]).tolist()
+        parts = [mapped[begin:end] for begin, end in zip(self._ends, self._ends[1:], strict=False)]
+        self.sequence_lengths = np.asarray(parts[0]).view(np.int32)
+        self.pointers, self.borders = (np.asarray(part).view(np.int64) for part in parts[1:])
         if self.borders[0] != 0 or self.borders[-1] != sequences:
             raise ValueError(f"{path}: document borders do not rise from 0 to its {sequences} sequences")
         self.bytes = 0
@@ -65,53 +67,58 @@ class Index:
                 f"{path}: got {self.bytes} bytes of tokens, expected a multiple of {self.dtype.itemsize}"
             )
 
+    @functools.cached_property
     def lengths(self) -> np.ndarray:
         """Lengths of the documents in tokens, integers [documents]: the file's own where every document is a
-        sequence. ValueError where lengths or borders are none, or lengths do not add up to the file.
+        sequence, as where there are as many of either. All of the index is looked through; ValueError naming
+        the document where lengths, pointers and borders do not say the same.
         """
-        tokens, least = 0, 0
-        for _, part in in_parts(self.sequence_lengths):
-            tokens, least = tokens + int(part.sum(dtype=np.int64)), min(least, int(part.min()))
-        if least < 0 or tokens * self.dtype.itemsize != self.bytes:
-            raise ValueError(
-                f"{self.path}: got lengths of {tokens} tokens in all and {least} at least; expected them to "
-                f"fill {self.bytes} bytes of {self.dtype}, none below 0"
-            )
+        self._check_pointers()
         one_each = self.documents == self.sequence_lengths.size
-        for _, part in in_parts(self.borders, overlap=1):
+        for begin, part in self._read(2, overlap=1):
             steps = np.diff(part)
-            if steps.min() < 0:
-                raise ValueError(f"{self.path}: document borders do not rise")
-            one_each = one_each and bool((steps == 1).all())
+            wrong = steps != 1 if one_each else steps < 0
+            if wrong.any():
+                raise ValueError(
+                    f"{self.path}: document {begin + int(np.argmax(wrong))}: got borders that do not rise as "
+                    f"those of {self.documents} documents of {self.sequence_lengths.size} sequences"
+                )
         if one_each:
             return self.sequence_lengths
         before = np.concatenate([[0], np.cumsum(self.sequence_lengths, dtype=np.int64)])
         return np.diff(before[self.borders])
 
-    def starts(self, documents: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-        """Tokens int64 before each of `documents` in the .bin; ValueError naming one that does not lie there
-        between its neighbours with its length of `lengths`.
-        """
-        begins, ends = (
-            self._bytes_before(self.borders[documents]),
-            self._bytes_before(self.borders[documents + 1]),
-        )
-        size = self.dtype.itemsize
-        # in int64: a document's bytes may pass the int32 in which its tokens are counted
-        expected = lengths.astype(np.int64) * size
-        lost = (begins < 0) | (begins % size != 0) | (ends > self.bytes) | (ends - begins != expected)
-        if lost.any():
-            which = int(np.argmax(lost))
-            raise ValueError(
-                f"{self.path}: document {documents[which]}: got bytes {begins[which]} to {ends[which]}, "
-                f"expected {lengths[which]} tokens of {size} bytes between 0 and {self.bytes}"
-            )
-        return begins // size
+    def _check_pointers(self) -> None:
+        """Each sequence begins where the one before it ends, and none is shorter than nothing."""
+        before = 0
+        for begin, found in self._read(1):
+            lengths = self.sequence_lengths[begin : begin + found.size]
+            ends = before + np.cumsum(lengths, dtype=np.int64) * self.dtype.itemsize
+            expected = np.append(before, ends[:-1])
+            wrong = (found != expected) | (lengths < 0)
+            if wrong.any():
+                at = int(np.argmax(wrong))
+                document = int(np.searchsorted(self.borders, begin + at, side="right")) - 1
+                raise ValueError(
+                    f"{self.path}: document {document}: got {lengths[at]} tokens from byte {found[at]} of "
+                    f"the .bin, expected them at {expected[at]}, where those before them end"
+                )
+            before = int(ends[-1])
 
-    def _bytes_before(self, sequences: np.ndarray) -> np.ndarray:
-        """Of sequences, or of the end behind the last."""
-        last = self.pointers.size - 1
-        return np.where(sequences > last, self.bytes, self.pointers[np.minimum(sequences, last)])
+    def _read(self, which: int, overlap: int = 0) -> Iterator[tuple[int, np.ndarray]]:
+        """Parts of the pointers (1) or borders (2), as of `in_parts`: read, as mapped pages would pile up."""
+        begin, end = self._ends[which : which + 2]
+        for at in range(begin, end - 8 * overlap, 8 * _PART):
+            count = min(_PART + overlap, (end - at) // 8)
+            yield (at - begin) // 8, np.fromfile(self.path, dtype=np.int64, count=count, offset=at)
+
+    def starts(self, documents: np.ndarray) -> np.ndarray:
+        """Tokens int64 before each of `documents` in the .bin; ValueError as from `lengths`."""
+        assert self.lengths.size, "who looks through the index has found it whole"
+        sequences, last = self.borders[documents], self.pointers.size - 1
+        # a document without sequences may stand behind the last
+        begins = np.where(sequences > last, self.bytes, self.pointers[np.minimum(sequences, last)])
+        return begins // self.dtype.itemsize
 
 
 def _read_header(path: str) -> tuple[np.dtype, int, int]:
