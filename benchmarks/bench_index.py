@@ -1,4 +1,4 @@
-"""Measures a data set of very many documents: opening its index, looking through it, the first window of a run.
+"""Measures a data set of very many documents: opening it, looking through its index, a run's first window.
 
     python benchmarks/bench_index.py [--documents 100000000] [--repeats 3] [--json FILE]
 
