@@ -23,7 +23,7 @@ from anchor_megatron.attention.exchange import start_exchange, start_exchange_ad
 from anchor_megatron.attention.kernels import Kernel
 from anchor_megatron.attention.plan_tensors import PlanTensors
 from anchor_megatron.attention.ring import ring_attention
-from anchor_megatron.attention.rows import add_home, gather_keys, sum_received
+from anchor_megatron.attention.rows import add_home, gather_keys
 from anchor_megatron.attention.ulysses import ulysses_attention
 
 __all__ = ["planned_attention"]
@@ -91,11 +91,11 @@ class _PlannedAttention(torch.autograd.Function):
             keys, values = gather_keys(k, v, received, plan)
             tensors = (dout[n:], q[n:], keys, values, out[n:], lse_waiting)
             kernel.backward(*tensors, plan.waiting_segments, scale=scale, into=(dq[n:], dkeys, dvalues))
-        flight = start_exchange_adjoint(sum_received(dkeys, dvalues, plan), plan, ctx.group)
+        flight = start_exchange_adjoint(dkeys, dvalues, plan, ctx.group)
         if n:
             tensors = (dout[:n], q[:n], k[:n], v[:n], out[:n], lse_local)
             kernel.backward(*tensors, plan.local_segments, scale=scale, into=(dq[:n], dk[:n], dv[:n]))
         arrived = flight.finish()
-        if plan.key_index.numel() or plan.send_index.numel():
+        if plan.key_index.numel() or plan.sent_tokens:
             add_home(dk, dv, dkeys, dvalues, arrived, plan)
         return dq, dk, dv, None, None, None, None

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from anchor_megatron.attention.kernels import Segments
-from anchor_megatron.layout.plan import Plan, Round, Whole
+from anchor_megatron.layout.plan import Plan, Relay, Round, Whole
 
 __all__ = ["PackedArrays", "PlanTensors", "plan_arrays", "plan_tensors"]
 
@@ -69,6 +69,7 @@ class PlanTensors:
     max_seqlen_k: int
     rounds: tuple[RoundTensors, ...] = ()
     whole: WholeTensors | None = None
+    relay: RelayTensors | None = None
 
     @property
     def local_segments(self) -> Segments:
@@ -83,8 +84,13 @@ class PlanTensors:
 
     @property
     def received_tokens(self) -> int:
-        """Key/value rows that other ranks send to this one."""
-        return sum(self.recv_counts)
+        """Key/value rows that other ranks send to this one, those that it merely hands on too."""
+        return sum(self.recv_counts) + (sum(self.relay.recv_counts) if self.relay is not None else 0)
+
+    @property
+    def sent_tokens(self) -> int:
+        """Key/value rows that this rank sends."""
+        return sum(self.send_counts) + (sum(self.relay.send_counts) if self.relay is not None else 0)
 
 
 @dataclass(frozen=True)
@@ -114,6 +120,15 @@ class RoundTensors:
 
 
 @dataclass(frozen=True)
+class RelayTensors:
+    """`layout.plan.Relay` on the device."""
+
+    send_index: Tensor
+    send_counts: tuple[int, ...]
+    recv_counts: tuple[int, ...]
+
+
+@dataclass(frozen=True)
 class WholeTensors:
     """`layout.plan.Whole` on the device."""
 
@@ -129,11 +144,13 @@ def plan_arrays(plan: Plan) -> dict[str, np.ndarray]:
     """The arrays of `plan` and its rounds that the device needs, and where every row's gradients come from
     (see `rows.py`).
 
-    Gradients of K gathered keys and of S sent rows lie one after another; row i, own or received, is the sum
-    of those at gradient_sources[gradient_offsets[i] : gradient_offsets[i+1]].
+    Gradients of K gathered keys and of S sent rows (with a relay: of the first all-to-all, then of the
+    second) lie one after another; row i, own or received, is the sum of those at
+    gradient_sources[gradient_offsets[i] : gradient_offsets[i+1]].
     """
-    rows = plan.token_index.size + sum(plan.recv_counts)
-    homes = np.concatenate([plan.key_index, plan.send_index])
+    rows = plan.token_index.size + plan.received_tokens
+    passed = [plan.relay.send_index] if plan.relay is not None else []
+    homes = np.concatenate([plan.key_index, plan.send_index, *passed])
     sources = np.argsort(homes, kind="stable")
     offsets = np.concatenate([[0], np.cumsum(np.bincount(homes, minlength=rows))])
     arrays = {name: getattr(plan, name) for name in _ARRAYS}
@@ -141,6 +158,8 @@ def plan_arrays(plan: Plan) -> dict[str, np.ndarray]:
     for number, one in enumerate(plan.rounds):
         own = plan_arrays(one.plan) | {"query_index": one.query_index}
         arrays |= {f"{name}/{number}": array for name, array in own.items()}
+    if plan.relay is not None:
+        arrays["relay/send_index"] = plan.relay.send_index
     if plan.whole is not None:
         arrays |= {
             f"whole/{name}": getattr(plan.whole, name) for name in ("cu_seqlens", "to_tokens", "to_rows")
@@ -166,7 +185,12 @@ def plan_tensors(plan: Plan, arrays: dict[str, Tensor]) -> PlanTensors:
         gradient_sources=arrays["gradient_sources"],
         rounds=tuple(_round_tensors(plan, one, arrays, number) for number, one in enumerate(plan.rounds)),
         whole=None if plan.whole is None else _whole_tensors(plan.whole, arrays),
+        relay=None if plan.relay is None else _relay_tensors(plan.relay, arrays),
     )
+
+
+def _relay_tensors(relay: Relay, arrays: dict[str, Tensor]) -> RelayTensors:
+    return RelayTensors(arrays["relay/send_index"], relay.send_counts, relay.recv_counts)
 
 
 def _whole_tensors(whole: Whole, arrays: dict[str, Tensor]) -> WholeTensors:

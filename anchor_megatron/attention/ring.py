@@ -35,7 +35,7 @@ from torch import Tensor
 from anchor_megatron.attention.exchange import InFlight, start_exchange, start_exchange_adjoint
 from anchor_megatron.attention.kernels import Kernel
 from anchor_megatron.attention.plan_tensors import PlanTensors, RoundTensors
-from anchor_megatron.attention.rows import add_home, gather_keys, sum_received
+from anchor_megatron.attention.rows import add_home, gather_keys
 
 __all__ = ["ring_attention"]
 
@@ -126,7 +126,7 @@ class _RingAttention(torch.autograd.Function):
             if number == 0:  # of own keys alone
                 add_home(dk, dv, dkeys, dvalues, received, one.plan)
                 continue
-            going = start_exchange_adjoint(sum_received(dkeys, dvalues, one.plan), one.plan, group)
+            going = start_exchange_adjoint(dkeys, dvalues, one.plan, group)
             _settle(dk, dv, homeward)
             homeward = (going, one, dkeys, dvalues)
         _settle(dk, dv, homeward)

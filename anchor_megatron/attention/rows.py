@@ -22,11 +22,15 @@ from anchor_megatron.attention.plan_tensors import PlanTensors
 __all__ = ["add_home", "gather_keys", "pack_rows", "sum_received"]
 
 
-def pack_rows(k_TGH: Tensor, v_TGH: Tensor, plan: PlanTensors) -> Tensor:
-    """Keys and values [S, 2, G, H] of the rows that other ranks need."""
+def pack_rows(
+    k_TGH: Tensor, v_TGH: Tensor, received_R2GH: Tensor, index_S: Tensor, *, out_S2GH: Tensor
+) -> None:
+    """Writes keys and values of rows that other ranks need, own ones or received ones behind them."""
     if k_TGH.is_cuda:
-        return _triton().pack_rows(k_TGH, v_TGH, plan.send_index)
-    return torch.stack([x.index_select(0, plan.send_index) for x in (k_TGH, v_TGH)], dim=1)
+        _triton().pack_rows(k_TGH, v_TGH, received_R2GH, index_S, out_S2GH)
+        return
+    for i, own in enumerate((k_TGH, v_TGH)):
+        out_S2GH[:, i] = torch.cat((own, received_R2GH[:, i])).index_select(0, index_S)
 
 
 def gather_keys(
@@ -40,16 +44,23 @@ def gather_keys(
     return keys, values
 
 
-def sum_received(dkeys_KGH: Tensor, dvalues_KGH: Tensor, plan: PlanTensors) -> Tensor:
-    """Gradients [R, 2, G, H] of the received rows: the sum over the places they were gathered to, in fp32 at
-    least.
+def sum_received(
+    dkeys_KGH: Tensor,
+    dvalues_KGH: Tensor,
+    arrived_S2GH: Tensor,
+    offsets: Tensor,
+    plan: PlanTensors,
+    *,
+    out_R2GH: Tensor,
+) -> None:
+    """Writes gradients of received rows, a slice of `plan.gradient_offsets`: the sum over the places they
+    were gathered to (`dkeys`, `dvalues`) and the ranks they were handed to (`arrived`), in fp32 at least.
     """
-    tokens = plan.gradient_offsets.numel() - 1 - plan.received_tokens
-    offsets = plan.gradient_offsets[tokens:]
     if dkeys_KGH.is_cuda:
-        return _triton().sum_received(dkeys_KGH, dvalues_KGH, offsets, plan.gradient_sources)
-    sources = torch.stack((dkeys_KGH, dvalues_KGH), dim=1)
-    return _sum_segments(sources, offsets, plan.gradient_sources).to(dkeys_KGH.dtype)
+        _triton().sum_received(dkeys_KGH, dvalues_KGH, arrived_S2GH, offsets, plan.gradient_sources, out_R2GH)
+        return
+    sources = torch.cat((torch.stack((dkeys_KGH, dvalues_KGH), dim=1), arrived_S2GH))
+    out_R2GH.copy_(_sum_segments(sources, offsets, plan.gradient_sources))
 
 
 def add_home(

@@ -63,11 +63,9 @@ def _sum(
         tl.store(out, total.to(out_k.dtype.element_ty), mask=inside)
 
 
-def pack_rows(k_TGH: Tensor, v_TGH: Tensor, index_S: Tensor) -> Tensor:
+def pack_rows(k_TGH: Tensor, v_TGH: Tensor, received_R2GH: Tensor, index_S: Tensor, out_S2GH: Tensor) -> None:
     """See `rows.pack_rows`."""
-    out = k_TGH.new_empty((index_S.numel(), 2, *k_TGH.shape[1:]))
-    _launch_gather(k_TGH, v_TGH, out, index_S, out[:, 0], out[:, 1])
-    return out
+    _launch_gather(k_TGH, v_TGH, received_R2GH, index_S, out_S2GH[:, 0], out_S2GH[:, 1])
 
 
 def gather_keys(
@@ -79,11 +77,17 @@ def gather_keys(
     return keys, values
 
 
-def sum_received(dkeys_KGH: Tensor, dvalues_KGH: Tensor, offsets: Tensor, sources: Tensor) -> Tensor:
+def sum_received(
+    dkeys_KGH: Tensor,
+    dvalues_KGH: Tensor,
+    arrived_S2GH: Tensor,
+    offsets: Tensor,
+    sources: Tensor,
+    out_R2GH: Tensor,
+) -> None:
     """See `rows.sum_received`."""
-    out = dkeys_KGH.new_empty((offsets.numel() - 1, 2, *dkeys_KGH.shape[1:]))
-    _launch_sum(dkeys_KGH, dvalues_KGH, out, offsets, sources, (out[:, 0], out[:, 1]), begun=0)
-    return out
+    into = (out_R2GH[:, 0], out_R2GH[:, 1])
+    _launch_sum(dkeys_KGH, dvalues_KGH, arrived_S2GH, offsets, sources, into, begun=0)
 
 
 def add_home(

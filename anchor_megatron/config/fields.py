@@ -152,7 +152,9 @@ class AttentionConfig:
     8 heads of 128 in bf16; those of two rounds and a gathered copy are held at a time.
     """
     ranks_per_node: int | None = None
-    """Neighbouring context-parallel ranks of one node, in which split documents stay; null: all in one."""
+    """Neighbouring context-parallel ranks of one node, in which split documents stay; null: all in one. What
+    sparse must send to another node crosses to it once, and is handed on there, where that is quicker.
+    """
     calibration: str | None = None
     """JSON of `tools/profile_cp.py --measure`, by whose rates documents are placed; null: an H200's."""
     kernel: str = "auto"

@@ -18,7 +18,7 @@ import numpy as np
 
 from anchor_megatron.layout.placement import Placement, piece_areas
 
-__all__ = ["Plan", "Round", "Whole", "borders", "check_plans", "make_plan", "make_plans", "ranges"]
+__all__ = ["Plan", "Relay", "Round", "Whole", "borders", "check_plans", "make_plan", "make_plans", "ranges"]
 
 
 @dataclass(frozen=True)
@@ -37,6 +37,8 @@ class Plan:
     area                           visible (query, key) pairs
     rounds                         of exchange ring (`rounds.py`); none for the others
     whole                          of exchange ulysses (`heads.py`); None for the others
+    relay                          of exchange sparse in two levels (`relay.py`): the second all-to-all, whose
+                                   rows lie behind those of the first; None: there is one
     """
 
     token_index: np.ndarray
@@ -54,6 +56,26 @@ class Plan:
     area: int
     rounds: tuple[Round, ...] = ()
     whole: Whole | None = None
+    relay: Relay | None = None
+
+    @property
+    def received_tokens(self) -> int:
+        """Rows that reach this rank, those that it merely hands on too."""
+        return sum(self.recv_counts) + (sum(self.relay.recv_counts) if self.relay is not None else 0)
+
+
+@dataclass(frozen=True)
+class Relay:
+    """The second all-to-all of the two-level exchange, inside a node.
+
+    send_index  int32 [S]     rows to send, own ones or, behind those, received in the first, by destination
+                              rank, in token order within
+    send_counts, recv_counts  as in `Plan`
+    """
+
+    send_index: np.ndarray
+    send_counts: tuple[int, ...]
+    recv_counts: tuple[int, ...]
 
 
 @dataclass(frozen=True)

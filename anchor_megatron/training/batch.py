@@ -102,7 +102,7 @@ def plan_batch(
         window_length=window_length,
         costs=costs,
     )
-    plan = plan_exchange(placed, context_parallel_rank, exchange=exchange, ring_rows=ring_rows)
+    plan = plan_exchange(placed, context_parallel_rank, exchange=exchange, ring_rows=ring_rows, costs=costs)
     whole = {
         "tokens": np.concatenate([window.tokens for window in windows]),
         "labels": np.concatenate([window.labels for window in windows]),
@@ -146,5 +146,5 @@ def _stats(windows: Sequence[Window], spans: np.ndarray, balance_: float, plan: 
         counts=WindowCounts(**{name: sum(one[name] for one in counts) for name in counts[0]}),
         area=int((lengths * (lengths + 1) // 2).sum()),
         balance=balance_,
-        received_tokens=sum(plan.recv_counts),
+        received_tokens=plan.received_tokens,
     )

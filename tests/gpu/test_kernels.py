@@ -17,6 +17,7 @@ from anchor_megatron.attention.plan_tensors import PackedArrays, plan_arrays, pl
 from anchor_megatron.layout.modes import visible
 from anchor_megatron.layout.placement import place
 from anchor_megatron.layout.plan import make_plans
+from anchor_megatron.layout.relay import hops, make_relay
 from anchor_megatron.model import loss as loss_module
 from anchor_megatron.model.rotary import RotaryAngles
 from anchor_megatron.testing import peers
@@ -136,35 +137,49 @@ def plans_rows(plans, source: int, rank: int) -> torch.Tensor:  # type: ignore[n
 
 
 def test_fused_row_movements_equal_the_plain_ones() -> None:
+    """In one level, and in two on nodes of two ranks."""
     lengths = np.array([37, 500, 1, 10, 200, 100])
     borders = np.concatenate([[0], np.cumsum(lengths)])
-    plans = make_plans(place("zigzag", borders, context_parallel_size=4, window_length=int(borders[-1])))
-    for plan in plans:
+    placed = place("zigzag", borders, context_parallel_size=4, window_length=int(borders[-1]))
+    two_levels = hops(placed, 2)
+    for plan in make_plans(placed) + [make_relay(placed, rank, two_levels) for rank in range(4)]:
         packed = PackedArrays.pack(plan_arrays(plan))
         here, there = (plan_tensors(plan, packed.to(torch.device(device))) for device in ("cpu", "cuda"))
-        own, received = plan.token_index.size, sum(plan.recv_counts)
+        own = plan.token_index.size
         fused = torch.randn(own, GROUPS * 2 + 1, HEAD_DIM, device="cuda", dtype=torch.bfloat16)
         k, v = fused[:, :GROUPS], fused[:, GROUPS : 2 * GROUPS]  # strided, as out of the fused projection
-        far = torch.randn(received, 2, GROUPS, HEAD_DIM, device="cuda", dtype=torch.bfloat16)
-        assert torch.equal(rows.pack_rows(k, v, there).cpu(), rows.pack_rows(k.cpu(), v.cpu(), here))
+        far = random_rows(plan.received_tokens)
+        index = torch.randint(own + far.shape[0], (300,)).int()
+        leaving = random_rows(300)
+        plain_leaving = leaving.cpu()
+        rows.pack_rows(k, v, far, index.cuda(), out_S2GH=leaving)
+        rows.pack_rows(k.cpu(), v.cpu(), far.cpu(), index, out_S2GH=plain_leaving)
+        assert torch.equal(leaving.cpu(), plain_leaving)
         for ours, plain in zip(
             rows.gather_keys(k, v, far, there),
             rows.gather_keys(k.cpu(), v.cpu(), far.cpu(), here),
             strict=True,
         ):
             assert torch.equal(ours.cpu(), plain)
-        dkeys, dvalues = (
-            torch.randn(plan.key_index.size, GROUPS, HEAD_DIM, device="cuda").bfloat16() for _ in range(2)
-        )
-        home = torch.randn(plan.send_index.size, 2, GROUPS, HEAD_DIM, device="cuda").bfloat16()
-        sums = rows.sum_received(dkeys, dvalues, there), rows.sum_received(dkeys.cpu(), dvalues.cpu(), here)
-        torch.testing.assert_close(sums[0].cpu(), sums[1], atol=0.04, rtol=0.01)
+        dkeys, dvalues = random_rows(plan.key_index.size).unbind(1)
+        dkeys, dvalues = dkeys.contiguous(), dvalues.contiguous()
+        home = random_rows(there.sent_tokens)
+        sums, plain_sums = random_rows(plan.received_tokens), torch.empty_like(far, device="cpu")
+        rows.sum_received(dkeys, dvalues, home, there.gradient_offsets[own:], there, out_R2GH=sums)
+        gradients = dkeys.cpu(), dvalues.cpu(), home.cpu()
+        rows.sum_received(*gradients, here.gradient_offsets[own:], here, out_R2GH=plain_sums)
+        torch.testing.assert_close(sums.cpu(), plain_sums, atol=0.04, rtol=0.01)
         dk, dv = (torch.randn(own, GROUPS, HEAD_DIM, device="cuda").bfloat16() for _ in range(2))
         plain = dk.cpu(), dv.cpu()
         rows.add_home(dk, dv, dkeys, dvalues, home, there)
-        rows.add_home(*plain, dkeys.cpu(), dvalues.cpu(), home.cpu(), here)
+        rows.add_home(*plain, *gradients, here)
         for ours, theirs in zip((dk, dv), plain, strict=True):
             torch.testing.assert_close(ours.cpu(), theirs, atol=0.04, rtol=0.01)
+
+
+def random_rows(count: int) -> torch.Tensor:
+    """Keys and values, or their gradients, [count, 2, G, H]."""
+    return torch.randn(count, 2, GROUPS, HEAD_DIM, device="cuda").bfloat16()
 
 
 def test_summed_cross_entropy_equals_torchs(monkeypatch: pytest.MonkeyPatch) -> None:

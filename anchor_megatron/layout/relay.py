@@ -1,0 +1,198 @@
+"""The two-level form of the exchange: a row crosses to a node once, and is handed on inside it.
+
+One document of 8 tokens on four ranks, two a node; ranks 2 and 3 both need tokens 0-3 of the other node:
+
+    rank       0            1            2                3
+    holds      0 1          2 3          4 5              6 7
+    between    0 1 to 2     2 3 to 3                                  4 rows cross; in one level 8
+    inside     0 1 to 1                  0 1 4 5 to 3     2 3 to 2
+
+*Between*: of all rows that a node needs from others, in order of source and token, each of its ranks takes
+an equal share, so that the work is level over their links. *Inside*: every rank passes its own rows and its
+share to those of its node that need them. Either step is one all-to-all over all ranks, most of whose parts
+are empty.
+
+The way that is quicker by the cost model is taken. It is a function of the placement and the costs alone, so
+that all ranks take the same.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+
+import numpy as np
+
+from anchor_megatron.layout.cost import CostModel
+from anchor_megatron.layout.placement import Placement, placement_traffic
+from anchor_megatron.layout.plan import Plan, Relay, make_plan, ranges
+from anchor_megatron.layout.traffic import Traffic
+
+__all__ = ["Hops", "hops", "make_relay", "quicker_hops", "wire_seconds"]
+
+
+@dataclass(frozen=True)
+class _Runs:
+    """Runs of tokens, int64 [N] each: the piece they are of, [start, stop), and the ranks they go from and
+    to.
+    """
+
+    piece: np.ndarray
+    start: np.ndarray
+    stop: np.ndarray
+    source: np.ndarray
+    to: np.ndarray
+
+    def pick(self, which: np.ndarray) -> _Runs:
+        """Those of a mask or an index, in its order."""
+        return _Runs(*(getattr(self, field.name)[which] for field in dataclasses.fields(self)))
+
+    def sent(self, ranks: int) -> np.ndarray:
+        """Rows int64 [ranks] that leave every rank."""
+        return self._rows(self.source, ranks)
+
+    def received(self, ranks: int) -> np.ndarray:
+        """Rows int64 [ranks] that reach every rank."""
+        return self._rows(self.to, ranks)
+
+    def _rows(self, rank: np.ndarray, ranks: int) -> np.ndarray:
+        return np.bincount(rank, weights=self.stop - self.start, minlength=ranks).astype(np.int64)
+
+
+@dataclass(frozen=True)
+class Hops:
+    """Who hands which tokens to whom, of all ranks, in the two steps."""
+
+    between: _Runs
+    inside: _Runs
+
+
+def hops(placement: Placement, ranks_per_node: int) -> Hops:
+    """The two steps for nodes of so many neighbouring ranks."""
+    split = placement.start != placement.cu_seqlens[placement.document]
+    documents = np.unique(placement.document[split])
+    pieces = np.flatnonzero(np.isin(placement.document, documents))
+    document = np.searchsorted(documents, placement.document[pieces])
+    # the last piece of every (rank, document): a rank needs those before it that it does not hold
+    last = np.full((placement.context_parallel_size, documents.size), -1, dtype=np.int64)
+    np.maximum.at(last, (placement.rank[pieces], document), pieces)
+    between = _between(placement, pieces, document, last, ranks_per_node)
+    return Hops(between, _inside(placement, pieces, documents, last, between, ranks_per_node))
+
+
+def _between(
+    placement: Placement, pieces: np.ndarray, document: np.ndarray, last: np.ndarray, near: int
+) -> _Runs:
+    """Every row that a node needs and does not hold, to one of its ranks; by node, source and token."""
+    holder = placement.rank[pieces]
+    node_last = last.reshape(last.shape[0] // near, near, last.shape[1]).max(axis=1)
+    needs = node_last[:, document] > pieces[None, :]
+    needs[holder // near, np.arange(pieces.size)] = False
+    order = np.argsort(holder, kind="stable")
+    node, which = np.nonzero(needs[:, order])
+    piece = pieces[order[which]]
+    # all nodes' rows end to end; those of a node are cut into a share for each of its ranks
+    rows = placement.stop[piece] - placement.start[piece]
+    ends = np.cumsum(rows)
+    total = np.bincount(node, weights=rows, minlength=node_last.shape[0]).astype(np.int64)
+    shares = (np.cumsum(total) - total)[:, None] + total[:, None] * np.arange(1, near + 1) // near
+    cuts = np.union1d(ends, shares[shares > 0])
+    begins = np.concatenate([[0], cuts])[:-1]
+    of = np.searchsorted(ends, cuts)
+    token = placement.stop[piece[of]] - ends[of]  # of the row at 0, were the piece's run to reach there
+    taker = np.searchsorted(shares.reshape(-1), cuts)
+    return _Runs(piece[of], token + begins, token + cuts, placement.rank[piece[of]], taker)
+
+
+def _inside(
+    placement: Placement,
+    pieces: np.ndarray,
+    documents: np.ndarray,
+    last: np.ndarray,
+    between: _Runs,
+    near: int,
+) -> _Runs:
+    """Own rows and those of the first step, from who has them to every other rank of the node that needs
+    them; by source, receiver and token.
+    """
+    piece = np.concatenate([pieces, between.piece])
+    start = np.concatenate([placement.start[pieces], between.start])
+    stop = np.concatenate([placement.stop[pieces], between.stop])
+    source = np.concatenate([placement.rank[pieces], between.to])
+    document = np.searchsorted(documents, placement.document[piece])
+    node = source // near * near
+    to = node[:, None] + np.arange(near)[None, :]
+    wants = (last[to, document[:, None]] > piece[:, None]) & (to != source[:, None])
+    which, column = np.nonzero(wants)
+    found = _Runs(piece[which], start[which], stop[which], source[which], to[which, column])
+    return found.pick(np.lexsort((found.start, found.to, found.source)))
+
+
+def make_relay(placement: Placement, rank: int, found: Hops) -> Plan:
+    """The plan of `rank` in two levels; what it attends to is what `make_plan` says."""
+    whole = make_plan(placement, rank)
+    ranks, first = placement.context_parallel_size, placement.cu_seqlens[placement.document]
+    mine = np.flatnonzero(placement.rank == rank)
+    waits = placement.start[mine] != first[mine]
+    own = np.concatenate([mine[~waits], mine[waits]])
+    here, onward = (step.pick(step.to == rank) for step in (found.between, found.inside))
+    here, onward = (step.pick(np.lexsort((step.start, step.source))) for step in (here, onward))
+    # all runs at hand, in the order of their rows: own ones, those of the first step, those of the second
+    start = np.concatenate([placement.start[own], here.start, onward.start])
+    stop = np.concatenate([placement.stop[own], here.stop, onward.stop])
+    row = np.cumsum(stop - start) - (stop - start)
+    order = np.argsort(start)
+    start, stop, row = start[order], stop[order], row[order]
+    # a waiting piece's keys are its document's tokens up to its own last, all of them at hand
+    waiting = mine[waits]
+    keys = order[:0]
+    if waiting.size:
+        keys = ranges(np.searchsorted(start, first[waiting]), np.searchsorted(start, placement.stop[waiting]))
+    leaving, passed = (step.pick(step.source == rank) for step in (found.between, found.inside))
+    leaving, passed = (step.pick(np.lexsort((step.start, step.to))) for step in (leaving, passed))
+
+    def rows_of(runs: _Runs) -> np.ndarray:
+        at = np.searchsorted(start, runs.start, side="right") - 1
+        begin = row[at] + runs.start - start[at]
+        return ranges(begin, begin + runs.stop - runs.start).astype(np.int32)
+
+    def counts(rank_of: np.ndarray, runs: _Runs) -> tuple[int, ...]:
+        rows = np.bincount(rank_of, weights=runs.stop - runs.start, minlength=ranks)
+        return tuple(rows.astype(int).tolist())
+
+    return dataclasses.replace(
+        whole,
+        key_index=ranges(row[keys], row[keys] + stop[keys] - start[keys]).astype(np.int32),
+        send_index=rows_of(leaving),
+        send_counts=counts(leaving.to, leaving),
+        recv_counts=counts(here.source, here),
+        relay=Relay(rows_of(passed), counts(passed.to, passed), counts(onward.source, onward)),
+    )
+
+
+def quicker_hops(placement: Placement, costs: CostModel) -> Hops | None:
+    """The two steps where they are quicker than one by the cost model; None where they are not."""
+    near = costs.ranks_per_node or placement.context_parallel_size
+    if near >= placement.context_parallel_size:
+        return None
+    moved = placement_traffic(placement, ranks_per_node=near)
+    if not moved.crossing.any():
+        return None
+    found = hops(placement, near)
+    one, two = wire_seconds(moved, None, costs), wire_seconds(moved, found, costs)
+    return found if two.max() < one.max() else None
+
+
+def wire_seconds(moved: Traffic, found: Hops | None, costs: CostModel) -> np.ndarray:
+    """Seconds float64 [ranks] that the rows of every rank take one way: each row to every rank that needs it,
+    or in the two steps `found`.
+    """
+    ranks = moved.received.size
+    latency = costs.machine.latency_us / 1e6 * (ranks > 1)
+    if found is None:
+        crossing = np.maximum(moved.crossing, moved.crossing_sent)
+        return latency + costs.transfer_seconds(np.maximum(moved.received, moved.sent), crossing)
+    between, inside = (
+        np.maximum(step.sent(ranks), step.received(ranks)) for step in (found.between, found.inside)
+    )
+    return 2 * latency + costs.transfer_seconds(between, between) + costs.transfer_seconds(inside)
