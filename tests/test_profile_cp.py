@@ -70,8 +70,8 @@ def test_the_table_has_achieved_target_and_bound(simulated: tuple[str, Path]) ->
         [row] = [row for row in rows if row["ranks"] == ranks and "least_received" in row]
         assert all(target in line for target in targets)
         assert f"{row['balance']:.4f} ({row['worst_balance']:.4f})" in line
-        assert f"{row['received']:.4f} ({row['worst_received']:.4f})" in line
-        assert row["least_balance"] <= row["balance"] and row["least_received"] <= row["received"]
+        assert f"{row['needed']:.4f} ({row['worst_needed']:.4f})" in line
+        assert row["least_balance"] <= row["balance"] and row["least_received"] <= row["needed"]
 
 
 def test_the_report_stands_alone(simulated: tuple[str, Path]) -> None:
@@ -90,9 +90,18 @@ def test_every_row_adds_up(simulated: tuple[str, Path]) -> None:
         assert row["total_ms"] == pytest.approx(row["forward_ms"] + row["backward_ms"])
         assert row["total_ms"] == pytest.approx(row["attention_ms"] + row["not_hidden_ms"])
         assert 0 < row["efficiency"] < 1 <= row["balance"] <= row["worst_balance"]
-        if "crossing" in row:
-            assert (row["crossing"] > 0) == (row["node_crossing"] > 0)
-            assert row["node_crossing"] <= row["crossing"] <= row["received"]
+        if "two_levels" in row:
+            assert (row["across_one_level_mb"] > 0) == (row["across_two_levels_mb"] > 0)
+            assert row["across_two_levels_mb"] <= row["across_one_level_mb"]
+            assert row["two_levels"] == 0 or row["across_two_levels_mb"] < row["across_one_level_mb"]
+    header, *lines = simulated[0].split("\n\n")[1].splitlines()
+    assert "MB across: one level  two levels  taken" in header
+    for row, line in zip(rows, lines, strict=True):
+        across = re.findall(r"([\d.]+) +([\d.]+) +(\d+)%$", line)
+        assert ("two_levels" in row) == bool(across)
+        if across:
+            assert float(across[0][0]) == pytest.approx(row["across_one_level_mb"], abs=0.051)
+            assert float(across[0][1]) == pytest.approx(row["across_two_levels_mb"], abs=0.051)
 
 
 def test_simulated_rows_are_means_over_windows() -> None:
@@ -252,7 +261,7 @@ def test_a_bad_calibration_is_refused(tmp_path: Path, text: str, message: str) -
 def measured_rows(rank: int, world_size: int, table: Path) -> tuple[list[dict], Machine]:
     settings = Sweep(
         lengths=table, workloads=["file"], shapes=[SHAPE], sizes=[1, 2], placements=list(PLACEMENTS),
-        exchanges=["sparse"], tokens_per_rank=256, total_tokens=None, parts=4, repeats=2,
+        exchanges=["sparse", "ulysses"], tokens_per_rank=256, total_tokens=None, parts=4, repeats=2,
         device=torch.device("cpu"), before=Machine(), ranks_per_node=None,
     )  # fmt: skip
     rows, samples = sweep(settings, lambda rows: None)
@@ -263,7 +272,13 @@ def test_measuring_takes_layers_apart(tmp_path: Path) -> None:
     (rows, machine), (other_rows, other_machine) = run_ranks(2, measured_rows, TABLE)
     assert rows == other_rows and machine == other_machine
     seen = [(row["ranks"], row["placement"], row["tokens"]) for row in rows]
-    assert seen == [(1, "document", 256), (1, "document", 512), *((2, kind, 512) for kind in PLACEMENTS)]
+    assert sorted(seen) == sorted(
+        [(1, "document", 256), (1, "document", 512), *((2, kind, 512) for kind in ("document", *PLACEMENTS))]
+    )
+    # a rank's queries, keys, values and outputs of 256 rows, half the heads of each
+    [heads] = [row for row in rows if row["exchange"] == "ulysses"]
+    values = 256 * SHAPE.head_dim * (2 * SHAPE.heads + 2 * SHAPE.groups) // 2
+    assert heads["megabytes"] == pytest.approx(values * SHAPE.bytes_per_value / 1e6)
     for row in rows:
         assert row["attention_ms"] > 0 and row["exchange_ms"] > 0 and row["predicted_ms"] > 0
         assert 0 <= row["hidden_ms"] <= row["exchange_ms"]

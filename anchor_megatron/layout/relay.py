@@ -66,6 +66,14 @@ class Hops:
     between: _Runs
     inside: _Runs
 
+    def sent(self, ranks: int) -> np.ndarray:
+        """Rows int64 [ranks] that leave every rank, those that it hands on too."""
+        return self.between.sent(ranks) + self.inside.sent(ranks)
+
+    def received(self, ranks: int) -> np.ndarray:
+        """Rows int64 [ranks] that reach every rank, those that it merely hands on too."""
+        return self.between.received(ranks) + self.inside.received(ranks)
+
 
 def hops(placement: Placement, ranks_per_node: int) -> Hops:
     """The two steps for nodes of so many neighbouring ranks."""

@@ -84,7 +84,7 @@ def _fit_exchange(samples: list[Sample], machine: Machine) -> Machine:
         moved = placement_traffic(sample.case.placement)
         wire = np.maximum(moved.received, moved.sent) * costs.shape.row_bytes / 1e9
         unit = CostModel(replace(machine, memory_gb_per_s=1.0), sample.case.shape)
-        memory = row_seconds(sample.case.placement, moved, unit)
+        memory = row_seconds(sample.case.placement, moved.received, moved.sent, unit)
         for direction in (0, 1):
             columns.append(np.stack([np.ones(wire.size), wire, memory[direction]], axis=1))
             values.append(sample.exchange[direction] / 1e3)

@@ -27,11 +27,11 @@ from torch import Tensor
 from anchor_megatron.attention.execute import planned_attention
 from anchor_megatron.attention.kernels import Kernel
 from anchor_megatron.attention.plan_tensors import PackedArrays, plan_arrays, plan_tensors
-from anchor_megatron.layout.cost import LayerShape
+from anchor_megatron.layout.cost import CostModel, LayerShape
 from anchor_megatron.layout.exchanges import plan_exchange
-from anchor_megatron.layout.placement import Placement, balance, received_rows
+from anchor_megatron.layout.placement import Placement, balance
 from anchor_megatron.profiling.clock import timed
-from anchor_megatron.profiling.predict import ROUND_BYTES
+from anchor_megatron.profiling.predict import ROUND_BYTES, predict
 from anchor_megatron.profiling.stand_ins import NoAttention, Remembered
 
 __all__ = ["Case", "Sample", "groups_by_size", "measure", "measure_total"]
@@ -41,13 +41,20 @@ Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Case:
-    """A window, placed as `kind` says. `group` holds this rank and the others; None: it is alone."""
+    """A window, placed as `kind` says by `costs`. `group` holds this rank and the others; None: it is
+    alone.
+    """
 
     kind: str
     placement: Placement
     exchange: str
-    shape: LayerShape
+    costs: CostModel
     group: dist.ProcessGroup | None
+
+    @property
+    def shape(self) -> LayerShape:
+        """Heads of a rank."""
+        return self.costs.shape
 
     @property
     def ranks(self) -> int:
@@ -134,7 +141,7 @@ def measure_total(
 
 def _attention(case: Case, kernel: Any, device: torch.device) -> Attention:
     rows = ROUND_BYTES // case.shape.row_bytes
-    plan = plan_exchange(case.placement, case.rank, exchange=case.exchange, ring_rows=rows)
+    plan = plan_exchange(case.placement, case.rank, exchange=case.exchange, ring_rows=rows, costs=case.costs)
     tensors = plan_tensors(plan, PackedArrays.pack(plan_arrays(plan)).to(device))
     return partial(
         planned_attention, plan=tensors, kernel=kernel, scale=case.shape.head_dim**-0.5, group=case.group
@@ -178,12 +185,14 @@ def _by_rank(figures: np.ndarray, case: Case) -> np.ndarray:
 
 
 def _row(case: Case, alone: np.ndarray, exchange: np.ndarray, total: np.ndarray) -> dict[str, Any]:
-    """Milliseconds of the slowest rank and what the placement asks for."""
+    """Milliseconds of the slowest rank, and what the exchange brings the worst rank in the forward pass."""
     forward, backward = np.median(total.max(axis=0), axis=0).tolist()
     attention = float(np.median(alone.sum(axis=2).max(axis=0)))
     transfer = float(np.median(exchange.sum(axis=2).max(axis=0)))
     tokens = int(case.placement.cu_seqlens[-1])
-    received = int(received_rows(case.placement).max())
+    predicted = predict(case.exchange, case.placement, case.costs)
+    assert predicted is not None, f"{case.exchange} ran, so it can be predicted"
+    received = float(predicted.received.max())  # as rows: ulysses moves queries and outputs too
     by_rank = np.median(alone.sum(axis=2), axis=1)
     return {
         "forward_ms": forward,

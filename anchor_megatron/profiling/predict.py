@@ -11,12 +11,14 @@ Legend: n ranks of T rows, S rows sent, R received, K keys gathered for waiting 
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
 
 from anchor_megatron.layout.cost import CostModel
 from anchor_megatron.layout.placement import Placement, placement_traffic, received_rows
+from anchor_megatron.layout.relay import Hops, quicker_hops, wire_seconds
 from anchor_megatron.layout.traffic import Traffic
 
 __all__ = ["Prediction", "predict", "seconds_of_one_rank"]
@@ -28,8 +30,10 @@ ROUND_BYTES = 64 * 2**20  # keys and values of one round of `ring`
 class Prediction:
     """attention, exchange  seconds float64 [2, ranks], forward and backward, of either alone
     total                of both together
-    received, sent       rows of keys and values, or as many bytes, float64 [ranks], in the forward pass
-    moved                the same with what crosses nodes; None where it does not follow documents
+    received, sent       rows of keys and values, or as many bytes, float64 [ranks], in the forward pass,
+                         those handed on in a node too
+    moved                what ranks need of each other; None where it does not follow documents
+    two_levels           rows cross to a node once and are handed on there
     """
 
     attention: np.ndarray
@@ -38,21 +42,21 @@ class Prediction:
     received: np.ndarray
     sent: np.ndarray
     moved: Traffic | None = None
+    two_levels: bool = False
 
 
 def predict(exchange: str, placement: Placement, costs: CostModel) -> Prediction | None:
     """The prediction for an exchange; None where it cannot run on so many ranks.
 
-    `sparse` sends all needed rows at once, `ring` in rounds of at most ROUND_BYTES whose outputs are merged,
-    `ulysses` exchanges heads for rows.
+    `sparse` sends all needed rows at once, or to every node once and on from there where that is quicker,
+    `ring` in rounds of at most ROUND_BYTES whose outputs are merged, `ulysses` exchanges heads for rows.
     """
     if exchange == "ulysses":
         return _ulysses(placement, costs)
-    rounds = 1
-    if exchange == "ring":
-        received = int(received_rows(placement).max())
-        rounds = max(1, -(-received * costs.shape.row_bytes // ROUND_BYTES))
-    return _sparse(placement, costs, rounds=rounds)
+    if exchange == "sparse":
+        return _rows_travel(placement, costs, found=quicker_hops(placement, costs))
+    received = int(received_rows(placement).max())
+    return _rows_travel(placement, costs, rounds=max(1, -(-received * costs.shape.row_bytes // ROUND_BYTES)))
 
 
 def seconds_of_one_rank(lengths: np.ndarray, costs: CostModel) -> np.ndarray:
@@ -62,8 +66,12 @@ def seconds_of_one_rank(lengths: np.ndarray, costs: CostModel) -> np.ndarray:
     )
 
 
-def _sparse(placement: Placement, costs: CostModel, *, rounds: int) -> Prediction:
-    """Only needed rows travel: at once, or in so many rounds, each of which is merged into the result."""
+def _rows_travel(
+    placement: Placement, costs: CostModel, *, rounds: int = 1, found: Hops | None = None
+) -> Prediction:
+    """Only needed rows travel: at once, in the two steps `found`, or in so many rounds, each of which is
+    merged into the result.
+    """
     waits = _waits(placement)
     queries, keys = _queries_and_keys(placement)
     both = (costs.forward_seconds(queries, keys), costs.backward_seconds(queries, keys))
@@ -72,8 +80,11 @@ def _sparse(placement: Placement, costs: CostModel, *, rounds: int) -> Predictio
     )
     attention = local + waiting
     moved = placement_traffic(placement, ranks_per_node=costs.ranks_per_node)
-    wire = _wire_seconds(moved, placement.context_parallel_size, costs, rounds)
-    memory = row_seconds(placement, moved, costs)
+    wire = wire_seconds(moved, found, costs) + (rounds - 1) * costs.machine.latency_us / 1e6
+    received, sent = moved.received, moved.sent
+    if found is not None:
+        received, sent = (found.received(received.size), found.sent(received.size))
+    memory = row_seconds(placement, received, sent, costs)
     hidden = np.minimum(wire, local)
     if rounds > 1:  # each round's outputs are merged in fp32, under the next round's transfer
         values = costs.shape.heads * costs.shape.head_dim * 8 * (rounds - 1)
@@ -81,33 +92,19 @@ def _sparse(placement: Placement, costs: CostModel, *, rounds: int) -> Predictio
         memory = memory + merged / costs.machine.memory_gb_per_s / 1e9
         hidden = np.minimum(wire, local + waiting * (1 - 1 / rounds))
     total = attention + memory + wire - hidden + costs.machine.contention * hidden
-    return Prediction(attention, wire + memory, total, moved.received, moved.sent, moved)
+    return Prediction(attention, wire + memory, total, received, sent, moved, found is not None)
 
 
-def _wire_seconds(moved: Traffic, ranks: int, costs: CostModel, rounds: int) -> np.ndarray:
-    """Seconds [ranks] one way: every row to every rank that needs it, or, where that is quicker, to every
-    node once, its ranks sharing the link, and on from there.
-    """
-    latency = rounds * costs.machine.latency_us / 1e6 * (ranks > 1)
-    most = np.maximum(moved.received, moved.sent)
-    direct = latency + costs.transfer_seconds(most, np.maximum(moved.crossing, moved.crossing_sent))
-    if moved.node_crossing.size == 1:
-        return direct
-    near = ranks // moved.node_crossing.size
-    shared = np.repeat(np.maximum(moved.node_crossing, moved.node_sent) / near, near)
-    twice = 2 * latency + costs.transfer_seconds(shared, shared) + costs.transfer_seconds(moved.received)
-    return direct if direct.max() <= twice.max() else twice
-
-
-def row_seconds(placement: Placement, moved: Traffic, costs: CostModel) -> np.ndarray:
-    """Seconds [2, ranks] in which rows are read and written besides travelling: packed and gathered; then
-    gathered again, their gradients summed for the way home and added to the rank's own.
+def row_seconds(placement: Placement, received: np.ndarray, sent: np.ndarray, costs: CostModel) -> np.ndarray:
+    """Seconds [2, ranks] in which rows, so many of them `received` and `sent` [ranks], are read and written
+    besides travelling: packed and gathered; then gathered again, their gradients summed for the way home and
+    added to the rank's own.
     """
     queries, keys = _queries_and_keys(placement)
     rows, gathered = (_by_rank(placement, one) for one in (queries, np.where(_waits(placement), keys, 0)))
-    forward = 2 * moved.sent + 2 * gathered
-    home = np.where(moved.sent + gathered > 0, gathered + moved.sent + 2 * rows, 0)
-    backward = 3 * gathered + moved.received + home
+    forward = 2 * sent + 2 * gathered
+    home = np.where(sent + gathered > 0, gathered + sent + 2 * rows, 0)
+    backward = 3 * gathered + received + home
     return np.stack([forward, backward]) * costs.shape.row_bytes / costs.machine.memory_gb_per_s / 1e9
 
 
@@ -134,7 +131,7 @@ def _ulysses(placement: Placement, costs: CostModel) -> Prediction | None:
     attention = np.repeat(seconds_of_one_rank(lengths, costs)[:, None] / ranks, ranks, axis=1)
     rows = int(placement.cu_seqlens[-1]) / ranks
     # values a row that go to each other rank: queries there and outputs back, keys and values
-    groups = max(1.0, shape.groups / ranks)
+    groups = shape.heads / ranks / math.gcd(shape.heads // ranks, shape.heads // shape.groups)
     values = shape.head_dim * (2 * shape.heads / ranks + 2 * groups)
     received = rows * (ranks - 1) * values * shape.bytes_per_value / shape.row_bytes
     near = min(costs.ranks_per_node or ranks, ranks)

@@ -66,9 +66,21 @@ def _simulated(results: dict[str, Any]) -> str:
             "Green: at or below the target.</p>",
             _placement_rows(rows),
             "<h2>Predicted milliseconds of one layer, forward and backward</h2>",
+            *_on_nodes(rows),
             _prediction_rows(rows),
         ]
     )
+
+
+def _on_nodes(rows: Rows) -> list[str]:
+    """What the columns on nodes mean, if there are any."""
+    if not any("two_levels" in row for row in rows):
+        return []
+    return [
+        "<p class='small'>Across: megabytes of keys and values that the mean rank receives from other nodes, "
+        "each row to every rank that needs it (one level) or to a node once (two levels). Two levels: share "
+        "of the windows in which they are the quicker way and so the one taken.</p>"
+    ]
 
 
 def _measured(results: dict[str, Any]) -> str:
@@ -117,7 +129,7 @@ def _headlines(rows: Rows) -> list[str]:
     ]
     lines += [
         f"On {row['ranks']:,} ranks the target of {TARGETS[row['ranks']][2]} for received bytes cannot be "
-        f"met: no placement receives less than {row['least_received']:.3f}; ours {row['received']:.3f}."
+        f"met: no placement receives less than {row['least_received']:.3f}; ours {row['needed']:.3f}."
         for row in ours
         if row["ranks"] in TARGETS and row["least_received"] > TARGETS[row["ranks"]][2]
     ]
@@ -135,15 +147,15 @@ def _placement_rows(rows: Rows) -> str:
             continue
         level, worst, share, _ = TARGETS.get(row["ranks"], (None, None, None, None))
         bound = row["least_received"]
-        gap = f"{row['received'] / bound - 1:+.0%}" if bound else ""
+        gap = f"{row['needed'] / bound - 1:+.0%}" if bound else ""
         target = f"{level or ''}{f' ({worst})' if worst else ''}"
         cells = [
             f"<td>{row['ranks']:,}",
             _against(row["balance"], level, 4),
             _against(row["worst_balance"], worst, 4),
             f"<td>{target}<td>{row['least_balance']:.3f}",
-            _against(row["received"], share, 3),
-            f"<td>{row['worst_received']:.3f}<td>{share or ''}<td>{bound:.3f}<td>{gap}",
+            _against(row["needed"], share, 3),
+            f"<td>{row['worst_needed']:.3f}<td>{share or ''}<td>{bound:.3f}<td>{gap}",
             f"<td>{row['sent']:.3f}<td>{row['plan_ms']:.1f}",
         ]
         lines.append(f"<tr>{''.join(cells)}</tr>")
@@ -162,8 +174,8 @@ def _prediction_rows(rows: Rows) -> str:
         "attention_ms": 2, "exchange_ms": 2, "not_hidden_ms": 2, "total_ms": 2, "efficiency": 3, "balance": 3,
         "received": 3, "sent": 3,
     }  # fmt: skip
-    if any("crossing" in row for row in rows):
-        columns |= {"crossing": 4, "node_crossing": 4}
+    if any("across_one_level_mb" in row for row in rows):
+        columns |= {"across_one_level_mb": 1, "across_two_levels_mb": 1, "two_levels": 2}
     return _rows_with(columns, rows)
 
 

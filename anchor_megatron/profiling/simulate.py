@@ -16,9 +16,8 @@ import numpy as np
 
 from anchor_megatron.layout.bounds import least_received_rows, least_unevenness
 from anchor_megatron.layout.cost import CostModel
-from anchor_megatron.layout.exchanges import EXCHANGES
-from anchor_megatron.layout.placement import PLACEMENTS, Placement, balance, place
-from anchor_megatron.layout.plan import make_plan
+from anchor_megatron.layout.exchanges import EXCHANGES, plan_exchange
+from anchor_megatron.layout.placement import PLACEMENTS, Placement, balance, place, received_rows
 from anchor_megatron.profiling.predict import Prediction, predict, seconds_of_one_rank
 from anchor_megatron.profiling.rivals import CHUNK_SIZES, place_chunks, predict_every_document_everywhere
 from anchor_megatron.profiling.windows import draw_window
@@ -83,14 +82,14 @@ def _cases(settings: Settings, cu_seqlens: np.ndarray, ranks: int) -> Iterator[R
     for kind in PLACEMENTS:
         started = time.process_time()
         placement = _placed(kind, cu_seqlens, ranks, costs)
-        if kind == "document":
-            make_plan(placement, ranks - 1)  # any rank's plan is as quick as another's
+        if kind == "document":  # any rank's plan is as quick as another's
+            plan_exchange(placement, ranks - 1, exchange="sparse", ring_rows=1, costs=costs)
         milliseconds = (time.process_time() - started) * 1e3
         for exchange in EXCHANGES if kind == "document" else EXCHANGES[:1]:
             level = exchange == "ulysses"  # heads are divided, whatever the placement
             found = figures(predict(exchange, placement, costs), None if level else placement)
             if found and (kind, exchange) == ("document", "sparse"):
-                found |= {"plan_ms": milliseconds} | _bounds(cu_seqlens, ranks, settings.tokens_per_rank)
+                found |= {"plan_ms": milliseconds} | _bounds(placement, settings.tokens_per_rank)
             yield {"name": "ours", "placement": kind, "exchange": exchange}, found
     everywhere = figures(predict_every_document_everywhere(lengths, ranks, costs), None)
     yield {"name": "TransformerEngine THD", "placement": "every document", "exchange": "p2p"}, everywhere
@@ -144,20 +143,30 @@ def _figures(
         "efficiency": one_rank / ranks / (forward + backward),
     }
     if (moved := prediction.moved) is not None and costs.ranks_per_node is not None:
-        found["crossing"] = float(moved.crossing.sum()) / (ring * ranks)
-        found["node_crossing"] = float(moved.node_crossing.sum()) / (ring * ranks)
+        megabytes = costs.shape.row_bytes / 1e6 / ranks
+        found["across_one_level_mb"] = float(moved.crossing.sum()) * megabytes
+        found["across_two_levels_mb"] = float(moved.node_crossing.sum()) * megabytes
+        found["two_levels"] = float(prediction.two_levels)
     return found
 
 
-def _bounds(cu_seqlens: np.ndarray, ranks: int, tokens_per_rank: int) -> dict[str, float]:
-    """What no placement can beat, at the balance that is the target."""
+def _bounds(placement: Placement, tokens_per_rank: int) -> dict[str, float]:
+    """What the worst rank needs from others, and what no placement can beat, at the balance that is the
+    target.
+    """
+    ranks, cu_seqlens = placement.context_parallel_size, placement.cu_seqlens
     ring = max(1, tokens_per_rank * (ranks - 1))
     unevenness = TARGETS.get(ranks, (1.02,))[0]
     rows = least_received_rows(cu_seqlens, ranks, unevenness=unevenness)
-    return {"least_balance": least_unevenness(cu_seqlens, ranks), "least_received": rows / ring}
+    return {
+        "needed": float(received_rows(placement).max()) / ring,
+        "least_balance": least_unevenness(cu_seqlens, ranks),
+        "least_received": rows / ring,
+    }
 
 
 def _summary(found: list[dict[str, float]]) -> dict[str, float]:
     """Means, and the worst of what has targets."""
     mean = {name: float(np.mean([one[name] for one in found])) for name in found[0]}
-    return mean | {f"worst_{name}": max(one[name] for one in found) for name in ("balance", "received")}
+    worst = [name for name in ("balance", "received", "needed") if name in mean]
+    return mean | {f"worst_{name}": max(one[name] for one in found) for name in worst}

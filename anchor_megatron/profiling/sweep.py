@@ -102,13 +102,13 @@ def _cases(
         return place(kind, cu_seqlens, context_parallel_size=ranks, window_length=tokens, costs=costs)
 
     if tokens not in alone:
-        yield Case("document", placed("document", 1), "sparse", shape, None)
+        yield Case("document", placed("document", 1), "sparse", costs, None)
     if size == 1:
         return
     for kind in settings.placements:
         for exchange in settings.exchanges:
             if exchange != "ulysses" or (kind == settings.placements[0] and shape.heads % size == 0):
-                yield Case(kind, placed(kind, size), exchange, shape, groups[size])
+                yield Case(kind, placed(kind, size), exchange, costs, groups[size])
 
 
 def _measured(settings: Sweep, case: Case) -> tuple[dict[str, Any], Sample]:

@@ -26,32 +26,39 @@ def placement_table(rows: Rows) -> str:
 def _placement_line(row: dict[str, Any]) -> str:
     level, worst, share, limit = TARGETS.get(row["ranks"], (None, None, None, None))
     bound = row["least_received"]
-    gap = f"{row['received'] / bound - 1:+.0%}" if bound else ""
+    gap = f"{row['needed'] / bound - 1:+.0%}" if bound else ""
     target = f"{level:.2f}" + (f" ({worst:.2f})" if worst else "") if level else ""
     within = f" ({limit:g})" if limit else ""
     return (
         f"{row['ranks']:>4} | {row['balance']:.4f} ({row['worst_balance']:.4f})   {target:<11} "
-        f"{row['least_balance']:.4f} | {row['received']:.4f} ({row['worst_received']:.4f})   "
+        f"{row['least_balance']:.4f} | {row['needed']:.4f} ({row['worst_needed']:.4f})   "
         f"{f'{share:.3f}' if share else '':>8}  {bound:.4f}  {gap:>5} | {row['plan_ms']:8.1f}{within}"
     )
 
 
 def prediction_table(rows: Rows) -> str:
     """What every placement and exchange takes, ours and others', a line each."""
-    crossing = any("crossing" in row for row in rows)
+    crossing = any("across_one_level_mb" in row for row in rows)
     lines = [
         f"  CP | {'':<40} attention  exchange  not hidden     total  efficiency  received   sent"
-        + ("  crossing (once a node)" if crossing else "")
+        + ("  MB across: one level  two levels  taken" if crossing else "")
     ]
     for row in rows:
         name = label(row)
         lines.append(
             f"{row['ranks']:>4} | {name:<40} {row['attention_ms']:>9.2f} {row['exchange_ms']:>9.2f} "
             f"{row['not_hidden_ms']:>11.2f} {row['total_ms']:>9.2f} {row['efficiency']:>11.1%} "
-            f"{row['received']:>9.3f} {row['sent']:>6.3f}"
-            + (f"  {row['crossing']:8.4f} ({row['node_crossing']:.4f})" if "crossing" in row else "")
+            f"{row['received']:>9.3f} {row['sent']:>6.3f}" + _across(row)
         )
     return "\n".join(lines)
+
+
+def _across(row: dict[str, Any]) -> str:
+    """Megabytes that cross nodes in either form, and the share of windows in which two levels are taken."""
+    if "across_one_level_mb" not in row:
+        return ""
+    one, two = row["across_one_level_mb"], row["across_two_levels_mb"]
+    return f"  {one:>20.1f} {two:>11.1f} {row['two_levels']:>6.0%}"
 
 
 def label(row: dict[str, Any]) -> str:

@@ -148,9 +148,9 @@ def test_fused_row_movements_equal_the_plain_ones() -> None:
         own = plan.token_index.size
         fused = torch.randn(own, GROUPS * 2 + 1, HEAD_DIM, device="cuda", dtype=torch.bfloat16)
         k, v = fused[:, :GROUPS], fused[:, GROUPS : 2 * GROUPS]  # strided, as out of the fused projection
-        far = random_rows(plan.received_tokens)
+        far = rows_of_both(plan.received_tokens)
         index = torch.randint(own + far.shape[0], (300,)).int()
-        leaving = random_rows(300)
+        leaving = rows_of_both(300)
         plain_leaving = leaving.cpu()
         rows.pack_rows(k, v, far, index.cuda(), out_S2GH=leaving)
         rows.pack_rows(k.cpu(), v.cpu(), far.cpu(), index, out_S2GH=plain_leaving)
@@ -161,10 +161,10 @@ def test_fused_row_movements_equal_the_plain_ones() -> None:
             strict=True,
         ):
             assert torch.equal(ours.cpu(), plain)
-        dkeys, dvalues = random_rows(plan.key_index.size).unbind(1)
+        dkeys, dvalues = rows_of_both(plan.key_index.size).unbind(1)
         dkeys, dvalues = dkeys.contiguous(), dvalues.contiguous()
-        home = random_rows(there.sent_tokens)
-        sums, plain_sums = random_rows(plan.received_tokens), torch.empty_like(far, device="cpu")
+        home = rows_of_both(there.sent_tokens)
+        sums, plain_sums = rows_of_both(plan.received_tokens), torch.empty_like(far, device="cpu")
         rows.sum_received(dkeys, dvalues, home, there.gradient_offsets[own:], there, out_R2GH=sums)
         gradients = dkeys.cpu(), dvalues.cpu(), home.cpu()
         rows.sum_received(*gradients, here.gradient_offsets[own:], here, out_R2GH=plain_sums)
@@ -177,7 +177,7 @@ def test_fused_row_movements_equal_the_plain_ones() -> None:
             torch.testing.assert_close(ours.cpu(), theirs, atol=0.04, rtol=0.01)
 
 
-def random_rows(count: int) -> torch.Tensor:
+def rows_of_both(count: int) -> torch.Tensor:
     """Keys and values, or their gradients, [count, 2, G, H]."""
     return torch.randn(count, 2, GROUPS, HEAD_DIM, device="cuda").bfloat16()
 
