@@ -18,12 +18,14 @@ import functools
 import os
 import struct
 from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 from megatron.core.datasets.indexed_dataset import DType
 
-__all__ = ["Index", "in_parts"]
+__all__ = ["Index", "in_parts", "write_index"]
 
+_MAGIC = b"MMIDIDX\x00\x00"
 _HEADER = struct.Struct("<9sQBQQ")  # magic, version, dtype code, sequences, document borders
 _INTEGERS = {one.value for one in DType if np.issubdtype(DType.dtype_from_code(one.value), np.integer)}
 _PART = 1 << 20  # entries looked at together, so that a look at a whole array takes no memory
@@ -121,12 +123,27 @@ class Index:
         return begins // self.dtype.itemsize
 
 
+def write_index(path: Path, lengths: np.ndarray, dtype: np.dtype) -> None:
+    """The .idx file of documents of one sequence each, in parts: of 100 million it is 2 GB."""
+    with path.open("wb") as file:
+        code = DType.code_from_dtype(dtype.type)
+        file.write(_HEADER.pack(_MAGIC, 1, code, lengths.size, lengths.size + 1))
+        file.write(lengths.tobytes())
+        before = 0
+        for at in range(0, lengths.size, _PART):
+            part = lengths[at : at + _PART].astype(np.int64) * dtype.itemsize
+            file.write((before + np.cumsum(part) - part).tobytes())
+            before += int(part.sum())
+        for at in range(0, lengths.size + 1, _PART):
+            file.write(np.arange(at, min(at + _PART, lengths.size + 1), dtype=np.int64).tobytes())
+
+
 def _read_header(path: str) -> tuple[np.dtype, int, int]:
     """Tokens' dtype, numbers of sequences and of borders, held against the file's size."""
     size = os.path.getsize(path)
     with open(path, "rb") as file:
         head = file.read(_HEADER.size)
-    if len(head) < _HEADER.size or not head.startswith(b"MMIDIDX\x00\x00"):
+    if len(head) < _HEADER.size or not head.startswith(_MAGIC):
         raise ValueError(f"{path}: got {head[:9]!r}, expected an index of Megatron's format (MMIDIDX)")
     _, version, code, sequences, borders = _HEADER.unpack(head)
     expected = _HEADER.size + sequences * (4 + 8) + borders * 8

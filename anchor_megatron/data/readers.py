@@ -178,16 +178,16 @@ def _indexed(file: InputFile) -> Iterator[Record]:
     tokens_path = file.path.with_suffix(".bin")
     try:
         index = Index(str(file.path))
-        lengths = index.lengths()
         size = tokens_path.stat().st_size if tokens_path.is_file() else 0
         if size != index.bytes:
             raise ValueError(
                 f"{tokens_path}: got {size} bytes, expected the {index.bytes} that the index counts"
             )
         tokens = np.asarray(np.memmap(tokens_path, dtype=index.dtype, mode="r")) if size else np.zeros(0)
-        for number in range(index.documents):
-            start = int(index.starts(np.array([number]), lengths[number : number + 1])[0])
-            ids = tokens[start : start + int(lengths[number])].astype(np.int64)
+        start = 0
+        for number, length in enumerate(index.lengths):
+            ids = tokens[start : start + int(length)].astype(np.int64)
+            start += int(length)
             yield Record(f"{file.path}: document {number}", ids, file.source)
     except ValueError as error:
         raise Unusable("damaged file", str(error)) from error

@@ -15,15 +15,14 @@ import fcntl
 import json
 import os
 import shutil
-import struct
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
-from megatron.core.datasets.indexed_dataset import DType
 
+from anchor_megatron.data.index import write_index
 from anchor_megatron.data.inputs import InputFile
 
 __all__ = ["Unfinished", "stamp"]
@@ -126,7 +125,7 @@ class Unfinished:
             file.close()
         parts = {".bin": self.folder / "tokens", ".idx": self.folder / "index"}
         lengths = np.memmap(self.folder / "lengths", dtype=np.int32, mode="r")
-        _write_index(parts[".idx"], lengths, dtype)
+        write_index(parts[".idx"], lengths, dtype)
         sources = np.memmap(self.folder / "sources", dtype=np.int32, mode="r")
         without = int((sources < 0).sum())
         if self.source_names and without:
@@ -163,18 +162,3 @@ def _checksum(path: Path, size: int) -> int | None:
             found = zlib.crc32(part, found)
             size -= len(part)
     return None if size else found
-
-
-def _write_index(path: Path, lengths: np.ndarray, dtype: np.dtype) -> None:
-    """The .idx file of documents of one sequence each, in parts: of 100 million it is 2 GB."""
-    with path.open("wb") as file:
-        code = DType.code_from_dtype(dtype.type)
-        file.write(struct.pack("<9sQBQQ", b"MMIDIDX\x00\x00", 1, code, lengths.size, lengths.size + 1))
-        file.write(lengths.tobytes())
-        before = 0
-        for at in range(0, lengths.size, _PART):
-            part = lengths[at : at + _PART].astype(np.int64) * dtype.itemsize
-            file.write((before + np.cumsum(part) - part).tobytes())
-            before += int(part.sum())
-        for at in range(0, lengths.size + 1, _PART):
-            file.write(np.arange(at, min(at + _PART, lengths.size + 1), dtype=np.int64).tobytes())
