@@ -192,6 +192,7 @@ def test_the_tool_shows_windows_of_a_data_set_and_of_a_run(
     capsys.readouterr()
     for words, message in (
         (["window", "-1"], "window: got -1, expected at least 0"),
+        (["window", "0", "--most=-1"], "--most: got -1, expected at least 0"),
         (["packing", "--windows", "0"], "--windows: got 0, expected at least 1"),
         (["window", "0", "data.sequence=3"], "data.sequence"),
     ):

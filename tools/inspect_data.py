@@ -62,6 +62,7 @@ def show_window(config: Config, given: argparse.Namespace) -> int:
     from anchor_megatron.training.window_view import as_html, as_text, read_passages, window_title
 
     _at_least("window", given.number, 0)
+    _at_least("--most", given.most, 0)
     windows = open_windows(config)
     tokenizer = load_tokenizer(tokenizer_folder(windows.corpus.sets[0].prefix))
     window = windows[given.number]

@@ -31,10 +31,10 @@ _INTEGERS = {one.value for one in DType if np.issubdtype(DType.dtype_from_code(o
 _PART = 1 << 20  # entries looked at together, so that a look at a whole array takes no memory
 
 
-def in_parts(array: np.ndarray, overlap: int = 0) -> Iterator[tuple[int, np.ndarray]]:
-    """(first entry, entries) of an array's parts of bounded size, each with `overlap` entries of the next."""
-    for begin in range(0, array.size - overlap, _PART):
-        yield begin, array[begin : begin + _PART + overlap]
+def in_parts(array: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
+    """(first entry, entries) of an array's parts of bounded size."""
+    for begin in range(0, array.size, _PART):
+        yield begin, array[begin : begin + _PART]
 
 
 class Index:
@@ -108,7 +108,9 @@ class Index:
             before = int(ends[-1])
 
     def _read(self, which: int, overlap: int = 0) -> Iterator[tuple[int, np.ndarray]]:
-        """Parts of the pointers (1) or borders (2), as of `in_parts`: read, as mapped pages would pile up."""
+        """Parts of the pointers (1) or borders (2), as of `in_parts`, each with `overlap` entries of the next:
+        read, as mapped pages would pile up in memory.
+        """
         begin, end = self._ends[which : which + 2]
         for at in range(begin, end - 8 * overlap, 8 * _PART):
             count = min(_PART + overlap, (end - at) // 8)
