@@ -108,7 +108,7 @@ class Index:
             before = int(ends[-1])
 
     def _read(self, which: int, overlap: int = 0) -> Iterator[tuple[int, np.ndarray]]:
-        """Parts of the pointers (1) or borders (2), as of `in_parts`, each with `overlap` entries of the next:
+        """Parts of pointers (1) or borders (2), as of `in_parts`, each with `overlap` entries of the next:
         read, as mapped pages would pile up in memory.
         """
         begin, end = self._ends[which : which + 2]
