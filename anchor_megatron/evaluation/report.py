@@ -132,10 +132,14 @@ def _draw(folder: Path, results: Sequence[Result]) -> list[str]:
 
     names = []
     if any(one.needles for one in results):
+        columns = min(len(results), 5)
+        rows = -(-len(results) // columns)
         figure, panels = plt.subplots(
-            1, len(results), figsize=(1.2 + 3 * len(results), 3.4), squeeze=False, layout="constrained"
+            rows, columns, figsize=(1.2 + 3 * columns, 3.4 * rows), squeeze=False, layout="constrained"
         )
-        for panel, result in zip(panels[0], results, strict=True):
+        for panel in panels.flat[len(results) :]:
+            panel.remove()
+        for panel, result in zip(panels.flat, results, strict=False):
             image = _heat_map(panel, result)
         figure.colorbar(image, ax=panels, label="answer's tokens right")
         figure.savefig(folder / "needles.png", dpi=110)
