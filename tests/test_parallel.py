@@ -16,6 +16,7 @@ from anchor_megatron.model.builder import build_model
 from anchor_megatron.testing.models import random_window, tiny_config
 from anchor_megatron.testing.ranks import run_ranks
 from anchor_megatron.training.batch import plan_batch
+from anchor_megatron.training.loader import cost_model
 from anchor_megatron.training.report import global_sums
 from anchor_megatron.training.setup import initialize_ranks
 from anchor_megatron.training.step import StepResult, Trainee, build_trainee, forward_backward
@@ -63,6 +64,7 @@ def gradients_on_rank(
             placement=config.attention.placement,
             exchange=config.attention.exchange,
             ring_rows=config.attention.ring_rows,
+            costs=cost_model(config),
             context_parallel_size=config.parallel.context,
             context_parallel_rank=parallel_state.get_context_parallel_rank(),
         )
@@ -164,3 +166,19 @@ def test_other_roads_lead_to_the_same_gradients(
 ) -> None:
     config = configuration(dict(context=2), **sections)
     assert_equal(loss_and_gradients(2, config, reference[0], tmp_path / "gradients"), reference)
+
+
+def test_rows_handed_on_in_nodes_lead_to_the_same_gradients(
+    reference: tuple[str, float, dict[str, torch.Tensor]], tmp_path: Path
+) -> None:
+    machine = tmp_path / "slow_links.json"
+    machine.write_text('{"machine": {"between_gb_per_s": 1e-4, "latency_us": 0}}')
+    attention = dict(placement="zigzag", ranks_per_node=2, calibration=str(machine))
+    config = configuration(dict(context=4), attention=attention)
+    window = random_window(lengths=LENGTHS[0], vocab_size=VOCAB, seed=0)
+    shape = dict(context_parallel_size=4, context_parallel_rank=0)
+    plan = plan_batch(
+        [window], mode=config.data.mode, placement="zigzag", costs=cost_model(config), **shape
+    ).plan
+    assert plan.relay is not None
+    assert_equal(loss_and_gradients(4, config, reference[0], tmp_path / "gradients"), reference)

@@ -86,6 +86,12 @@ def test_every_row_adds_up(simulated: tuple[str, Path]) -> None:
     rows = json.loads(simulated[1].with_suffix(".json").read_text())["rows"]
     assert {row["name"] for row in rows} == {"ours", "TransformerEngine THD", "shuffled chunks"}
     assert {row["placement"] for row in rows if row["name"] == "ours"} == set(PLACEMENTS)
+    ours = {(row["ranks"], row["exchange"]): row for row in rows if row["placement"] == "document"}
+    assert {ranks for ranks, exchange in ours if exchange == "sparse, one level"} == {4, 8}
+    for ranks in (4, 8):
+        one_level, taken = ours[ranks, "sparse, one level"], ours[ranks, "sparse"]
+        assert one_level["two_levels"] == 0 and taken["two_levels"] > 0
+        assert taken["exchange_ms"] < one_level["exchange_ms"] and taken["received"] >= one_level["received"]
     for row in rows:
         assert row["total_ms"] == pytest.approx(row["forward_ms"] + row["backward_ms"])
         assert row["total_ms"] == pytest.approx(row["attention_ms"] + row["not_hidden_ms"])

@@ -21,7 +21,7 @@ from anchor_megatron.layout.placement import Placement, placement_traffic, recei
 from anchor_megatron.layout.relay import Hops, quicker_hops, wire_seconds
 from anchor_megatron.layout.traffic import Traffic
 
-__all__ = ["Prediction", "predict", "seconds_of_one_rank"]
+__all__ = ["Prediction", "predict", "predict_one_level", "seconds_of_one_rank"]
 
 ROUND_BYTES = 64 * 2**20  # keys and values of one round of `ring`
 
@@ -57,6 +57,11 @@ def predict(exchange: str, placement: Placement, costs: CostModel) -> Prediction
         return _rows_travel(placement, costs, found=quicker_hops(placement, costs))
     received = int(received_rows(placement).max())
     return _rows_travel(placement, costs, rounds=max(1, -(-received * costs.shape.row_bytes // ROUND_BYTES)))
+
+
+def predict_one_level(placement: Placement, costs: CostModel) -> Prediction:
+    """The prediction for `sparse` if it sent every row to every rank that needs it, nodes or not."""
+    return _rows_travel(placement, costs)
 
 
 def seconds_of_one_rank(lengths: np.ndarray, costs: CostModel) -> np.ndarray:
