@@ -33,6 +33,7 @@ from anchor_megatron.config import Config
 from anchor_megatron.data.window import Window
 from anchor_megatron.model.builder import rank_device
 from anchor_megatron.training.batch import PlannedBatch, plan_batch
+from anchor_megatron.training.loader import cost_model
 from anchor_megatron.training.step import Trainee, forward_step
 
 __all__ = ["Check", "check_run"]
@@ -77,6 +78,7 @@ class _Probe:
             placement=self.config.attention.placement,
             exchange=self.config.attention.exchange,
             ring_rows=self.config.attention.ring_rows,
+            costs=cost_model(self.config),
             context_parallel_size=1 if alone else self.config.parallel.context,
             context_parallel_rank=0 if alone else parallel_state.get_context_parallel_rank(),
         )
