@@ -16,6 +16,7 @@ import pytest
 import torch
 
 from anchor_megatron.layout.cost import CostModel, LayerShape, Machine, read_machine
+from anchor_megatron.layout.exchanges import EXCHANGES
 from anchor_megatron.layout.placement import PLACEMENTS, balance, place, received_rows
 from anchor_megatron.profiling.calibrate import calibrate, least_squares
 from anchor_megatron.profiling.measure import Sample
@@ -204,22 +205,26 @@ def samples_of(machine: Machine, sizes: tuple[int, ...]) -> list[Sample]:
         tokens = 8192 * ranks
         cu_seqlens = draw_window(TABLE, tokens=tokens, longest=tokens // 4, seed=seed)
         placement = place("document", cu_seqlens, context_parallel_size=ranks, window_length=tokens)
-        prediction = predict("sparse", placement, CostModel(machine, SHAPE))
-        case = SimpleNamespace(placement=placement, exchange="sparse", shape=SHAPE, ranks=ranks)
-        milliseconds = (one * 1e3 for one in (prediction.attention, prediction.exchange, prediction.total))
-        found.append(Sample(case, *milliseconds))
+        for exchange in EXCHANGES if ranks in (2, 4) else ("sparse",):
+            prediction = predict(exchange, placement, CostModel(machine, SHAPE))
+            case = SimpleNamespace(placement=placement, exchange=exchange, shape=SHAPE, ranks=ranks)
+            each = (one * 1e3 for one in (prediction.attention, prediction.exchange, prediction.total))
+            found.append(Sample(case, *each))
     return found
 
 
 def test_calibration_finds_the_rates_of_a_machine() -> None:
     machine = Machine(
         forward_tflops=100, backward_tflops=80, forward_row_pairs=300, backward_row_pairs=200,
-        inside_gb_per_s=50, latency_us=20, memory_gb_per_s=400, contention=0.4,
+        inside_gb_per_s=50, latency_us=20, memory_gb_per_s=400, contention=0.4, merge_gb_per_s=33,
+        heads_gb_per_s=22,
     )  # fmt: skip
     found = calibrate(samples_of(machine, (1, 2, 4, 8)), CostModel())
     for name in ("forward_tflops", "backward_tflops", "forward_row_pairs", "backward_row_pairs",
                  "inside_gb_per_s", "latency_us", "memory_gb_per_s", "contention"):  # fmt: skip
         assert getattr(found, name) == pytest.approx(getattr(machine, name), rel=1e-3), name
+    for name in ("merge_gb_per_s", "heads_gb_per_s"):
+        assert getattr(found, name) == pytest.approx(getattr(machine, name), rel=0.02), name
     assert found.between_gb_per_s == Machine().between_gb_per_s
 
 

@@ -120,7 +120,7 @@ def test_data_commands_write_what_is_said(folder: Path) -> None:
     for words in commands("python", "tools/preprocess_data.py"):
         prefix = folder / option(words, "--output")
         written = {path.name.removeprefix(prefix.name) for path in prefix.parent.glob(f"{prefix.name}*")}
-        assert written == {".bin", ".idx", ".json", "_tokenizer"}
+        assert written == {".bin", ".idx", ".json", "_tokenizer", "_statistics.json", "_statistics.png"}
 
 
 def test_a_window_of_the_data_is_shown(folder: Path) -> None:

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from anchor_megatron.data.documents import Documents
-from anchor_megatron.data.packing import WindowDataset
+from anchor_megatron.data.packing import Packing, WindowDataset
 from anchor_megatron.data.preprocess import Job, preprocess
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -199,7 +199,8 @@ def test_a_window_of_a_data_set_is_shown(tmp_path: Path) -> None:
     sources = Path(sysconfig.get_paths()["stdlib"]) / "json"
     preprocess(Job((sources,), tmp_path / "set", train_tokenizer=500, suffixes=(".py",)))
     documents = Documents(tmp_path / "set")
-    windows = WindowDataset(documents, seq_length=4096, anchor_token=documents.summary.anchor_token, seed=7)
+    anchor, packing = documents.summary.anchor_token, Packing(shuffle=True)
+    windows = WindowDataset(documents, seq_length=4096, anchor_token=anchor, seed=7, packing=packing)
     lengths = ",".join(map(str, np.diff(windows[1].cu_seqlens)))
     assert "," in lengths, "a window of several documents shows more"
     shown = show_plan("--data", tmp_path / "set", "--seq-length", 4096, "--seed", 7, "--window", 1, "--cp", 4)

@@ -1,6 +1,6 @@
 """Batches of records to token ids: what a preprocessing worker runs.
 
-A long text goes through the tokenizer in pieces, as its library takes some twenty times the text in memory.
+A long text goes through the tokenizer in pieces, as its library takes over a hundred times it in memory.
 Where to cut is asked of the tokenizer itself: at the end of a line, where the 2,000 characters about it give
 the same tokens cut and whole. A tokenizer that splits text into words first (byte-level BPE ones do) gives
 the same tokens for the whole text then, as no token reaches over such a place; one that does not (Llama-2's)

@@ -34,6 +34,8 @@ class Machine:
     inside_gb_per_s, between_gb_per_s      one way, to all ranks of the node and to those of other nodes
     latency_us                             of one collective, to its start and from its end
     memory_gb_per_s                        packing, gathering and summing of rows
+    merge_gb_per_s                         ring: adding a round's outputs and gradients, 8 bytes a value
+    heads_gb_per_s                         ulysses: what a rank receives, rearranged and sent inside the node
     contention                             share of a transfer by which attention above it grows longer
     """
 
@@ -46,6 +48,8 @@ class Machine:
     between_gb_per_s: float = 45.0
     latency_us: float = 30.0
     memory_gb_per_s: float = 2000.0
+    merge_gb_per_s: float = 300.0
+    heads_gb_per_s: float = 120.0
     contention: float = 0.3
 
 

@@ -2,7 +2,8 @@
 
     attention   milliseconds = a (pairs + b rows), forward and backward: TFLOP/s and pairs a row
     exchange    milliseconds = latency + rows on their way / bandwidth + rows moved / memory bandwidth
-    total       what is left of it is `contention` times the hidden part of the transfer
+    total       what is left of it is `contention` times the hidden part of the transfer; of `ring` the
+                merging of rounds, of `ulysses` the rearranging of heads
 
 Bandwidth between nodes is not fitted but taken as it was: one node does not show it.
 """
@@ -16,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from anchor_megatron.layout.cost import CostModel, Machine, tiled
+from anchor_megatron.layout.exchanges import EXCHANGES
 from anchor_megatron.layout.placement import Placement, placement_traffic
 from anchor_megatron.profiling.measure import Sample
 from anchor_megatron.profiling.predict import predict, row_seconds
@@ -24,17 +26,24 @@ __all__ = ["calibrate", "least_squares"]
 
 
 def calibrate(samples: list[Sample], before: CostModel) -> Machine:
-    """`before.machine` with the rates that fit the samples of exchange `sparse` best; rates that they do not
-    show (no exchange on one rank) stay. Exchanges are looked at inside a node.
+    """`before.machine` with the rates that fit the samples best, those of exchange `sparse` first; rates that
+    they do not show (no exchange on one rank) stay. Exchanges are looked at inside a node.
     """
-    samples = [sample for sample in samples if sample.case.exchange == "sparse"]
-    machine = _fit_attention(samples, before.machine)
+    of = {kind: [one for one in samples if one.case.exchange == kind] for kind in EXCHANGES}
+    machine = _fit_attention(of["sparse"], before.machine)
     most = before.ranks_per_node or max(sample.case.ranks for sample in samples)
-    shared = [sample for sample in samples if 1 < sample.case.ranks <= most]
-    if not any(placement_traffic(sample.case.placement).received.any() for sample in shared):
-        return machine
-    machine = _fit_exchange(shared, machine)
-    return _fit_contention(shared, machine)
+    shared = {kind: [one for one in own if 1 < one.case.ranks <= most] for kind, own in of.items()}
+    if any(_receives(sample) for sample in shared["sparse"]):
+        machine = _fit_exchange(shared["sparse"], machine)
+        machine = _fit_contention(shared["sparse"], machine)
+    for kind, name in (("ring", "merge_gb_per_s"), ("ulysses", "heads_gb_per_s")):
+        if own := [one for one in shared[kind] if kind == "ulysses" or _receives(one)]:
+            machine = _fit_rate(own, machine, name)
+    return machine
+
+
+def _receives(sample: Sample) -> bool:
+    return bool(placement_traffic(sample.case.placement).received.any())
 
 
 def least_squares(columns: np.ndarray, values: np.ndarray) -> np.ndarray:
@@ -97,21 +106,38 @@ def _fit_exchange(samples: list[Sample], machine: Machine) -> Machine:
 
 def _fit_contention(samples: list[Sample], machine: Machine) -> Machine:
     """The contention at which totals come closest: Gauss-Newton, in steps as the slowest rank changes."""
-    measured = np.concatenate([sample.total.max(axis=1) / 1e3 for sample in samples])
-
-    def totals(contention: float) -> np.ndarray:
-        changed = replace(machine, contention=contention)
-        found = []
-        for sample in samples:
-            prediction = predict("sparse", sample.case.placement, CostModel(changed, sample.case.shape))
-            assert prediction is not None, "sparse runs on any number of ranks"
-            found.append(prediction.total.max(axis=1))
-        return np.concatenate(found)
-
+    measured = _measured(samples)
     contention = 0.5
     for _ in range(5):
-        now = totals(contention)
-        slope = (totals(contention + 1e-3) - now) / 1e-3 / measured
+        now = _totals(samples, replace(machine, contention=contention))
+        slope = (_totals(samples, replace(machine, contention=contention + 1e-3)) - now) / 1e-3 / measured
         step = float(np.dot(1 - now / measured, slope) / max(float(np.dot(slope, slope)), 1e-30))
         contention = min(1.0, max(0.0, contention + step))
     return replace(machine, contention=contention)
+
+
+def _fit_rate(samples: list[Sample], machine: Machine, name: str) -> Machine:
+    """The rate `name` at which totals come closest, of rates 2 % apart."""
+    measured = _measured(samples)
+
+    def error(changed: Machine) -> float:
+        return float(((_totals(samples, changed) / measured - 1) ** 2).sum())
+
+    rates: list[dict[str, Any]] = [{name: rate} for rate in np.geomspace(1, 10_000, 466).tolist()]
+    return min((replace(machine, **rate) for rate in rates), key=error)
+
+
+def _measured(samples: list[Sample]) -> np.ndarray:
+    """Seconds of the slowest rank, forward and backward, of one sample after another."""
+    return np.concatenate([sample.total.max(axis=1) / 1e3 for sample in samples])
+
+
+def _totals(samples: list[Sample], machine: Machine) -> np.ndarray:
+    """As `_measured`, predicted."""
+    found = []
+    for sample in samples:
+        case = sample.case
+        prediction = predict(case.exchange, case.placement, CostModel(machine, case.shape))
+        assert prediction is not None, f"{case.exchange} ran, so it can be predicted"
+        found.append(prediction.total.max(axis=1))
+    return np.concatenate(found)

@@ -56,7 +56,7 @@ def predict(exchange: str, placement: Placement, costs: CostModel) -> Prediction
     if exchange == "sparse":
         return _rows_travel(placement, costs, found=quicker_hops(placement, costs))
     received = int(received_rows(placement).max())
-    return _rows_travel(placement, costs, rounds=max(1, -(-received * costs.shape.row_bytes // ROUND_BYTES)))
+    return _rows_travel(placement, costs, rounds=-(-received * costs.shape.row_bytes // ROUND_BYTES))
 
 
 def predict_one_level(placement: Placement, costs: CostModel) -> Prediction:
@@ -72,10 +72,10 @@ def seconds_of_one_rank(lengths: np.ndarray, costs: CostModel) -> np.ndarray:
 
 
 def _rows_travel(
-    placement: Placement, costs: CostModel, *, rounds: int = 1, found: Hops | None = None
+    placement: Placement, costs: CostModel, *, rounds: int = 0, found: Hops | None = None
 ) -> Prediction:
-    """Only needed rows travel: at once, in the two steps `found`, or in so many rounds, each of which is
-    merged into the result.
+    """Only needed rows travel: at once, in the two steps `found`, or in so many rounds (0: at once), each of
+    which is merged into the result.
     """
     waits = _waits(placement)
     queries, keys = _queries_and_keys(placement)
@@ -85,16 +85,16 @@ def _rows_travel(
     )
     attention = local + waiting
     moved = placement_traffic(placement, ranks_per_node=costs.ranks_per_node)
-    wire = wire_seconds(moved, found, costs) + (rounds - 1) * costs.machine.latency_us / 1e6
+    wire = wire_seconds(moved, found, costs) + max(rounds - 1, 0) * costs.machine.latency_us / 1e6
     received, sent = moved.received, moved.sent
     if found is not None:
         received, sent = (found.received(received.size), found.sent(received.size))
     memory = row_seconds(placement, received, sent, costs)
     hidden = np.minimum(wire, local)
-    if rounds > 1:  # each round's outputs are merged in fp32, under the next round's transfer
-        values = costs.shape.heads * costs.shape.head_dim * 8 * (rounds - 1)
+    if rounds:  # each round's outputs are merged in fp32, under the next round's transfer
+        values = costs.shape.heads * costs.shape.head_dim * 8 * rounds
         merged = _by_rank(placement, np.where(waits, queries, 0)) * values
-        memory = memory + merged / costs.machine.memory_gb_per_s / 1e9
+        memory = memory + merged / costs.machine.merge_gb_per_s / 1e9
         hidden = np.minimum(wire, local + waiting * (1 - 1 / rounds))
     total = attention + memory + wire - hidden + costs.machine.contention * hidden
     return Prediction(attention, wire + memory, total, received, sent, moved, found is not None)
@@ -142,8 +142,8 @@ def _ulysses(placement: Placement, costs: CostModel) -> Prediction | None:
     near = min(costs.ranks_per_node or ranks, ranks)
     crossing = received * (ranks - near) / max(1, ranks - 1)
     latency = 2 * costs.machine.latency_us / 1e6 * (ranks > 1)
-    moved = 4 * received * shape.row_bytes / costs.machine.memory_gb_per_s / 1e9
-    wire = latency + float(costs.transfer_seconds(received, crossing)) + moved
+    rearranged = received * shape.row_bytes / costs.machine.heads_gb_per_s / 1e9
+    wire = latency + max(rearranged, float(costs.transfer_seconds(received, crossing)))
     exchange = np.full((2, ranks), wire)
     each = np.ones(ranks)
     return Prediction(attention, exchange, attention + exchange, received * each, received * each)
