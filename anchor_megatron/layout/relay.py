@@ -138,43 +138,36 @@ def _inside(
 
 def make_relay(placement: Placement, rank: int, found: Hops) -> Plan:
     """The plan of `rank` in two levels; what it attends to is what `make_plan` says."""
-    whole = make_plan(placement, rank)
     ranks, first = placement.context_parallel_size, placement.cu_seqlens[placement.document]
     mine = np.flatnonzero(placement.rank == rank)
     waits = placement.start[mine] != first[mine]
-    own = np.concatenate([mine[~waits], mine[waits]])
-    here, onward = (step.pick(step.to == rank) for step in (found.between, found.inside))
-    here, onward = (step.pick(np.lexsort((step.start, step.source))) for step in (here, onward))
+    own, waiting = np.concatenate([mine[~waits], mine[waits]]), mine[waits]
+    # by source and then token, and by receiver and then token: the orders of an all-to-all
+    crossed, onward = (step.pick(step.to == rank) for step in (found.between, found.inside))
+    leaving, passed = (step.pick(step.source == rank) for step in (found.between, found.inside))
     # all runs at hand, in the order of their rows: own ones, those of the first step, those of the second
-    start = np.concatenate([placement.start[own], here.start, onward.start])
-    stop = np.concatenate([placement.stop[own], here.stop, onward.stop])
+    start = np.concatenate([placement.start[own], crossed.start, onward.start])
+    stop = np.concatenate([placement.stop[own], crossed.stop, onward.stop])
     row = np.cumsum(stop - start) - (stop - start)
     order = np.argsort(start)
     start, stop, row = start[order], stop[order], row[order]
     # a waiting piece's keys are its document's tokens up to its own last, all of them at hand
-    waiting = mine[waits]
-    keys = order[:0]
-    if waiting.size:
-        keys = ranges(np.searchsorted(start, first[waiting]), np.searchsorted(start, placement.stop[waiting]))
-    leaving, passed = (step.pick(step.source == rank) for step in (found.between, found.inside))
-    leaving, passed = (step.pick(np.lexsort((step.start, step.to))) for step in (leaving, passed))
+    keys = ranges(np.searchsorted(start, first[waiting]), np.searchsorted(start, placement.stop[waiting]))
 
     def rows_of(runs: _Runs) -> np.ndarray:
         at = np.searchsorted(start, runs.start, side="right") - 1
         begin = row[at] + runs.start - start[at]
         return ranges(begin, begin + runs.stop - runs.start).astype(np.int32)
 
-    def counts(rank_of: np.ndarray, runs: _Runs) -> tuple[int, ...]:
-        rows = np.bincount(rank_of, weights=runs.stop - runs.start, minlength=ranks)
-        return tuple(rows.astype(int).tolist())
-
     return dataclasses.replace(
-        whole,
+        make_plan(placement, rank),
         key_index=ranges(row[keys], row[keys] + stop[keys] - start[keys]).astype(np.int32),
         send_index=rows_of(leaving),
-        send_counts=counts(leaving.to, leaving),
-        recv_counts=counts(here.source, here),
-        relay=Relay(rows_of(passed), counts(passed.to, passed), counts(onward.source, onward)),
+        send_counts=tuple(leaving.received(ranks).tolist()),
+        recv_counts=tuple(crossed.sent(ranks).tolist()),
+        relay=Relay(
+            rows_of(passed), tuple(passed.received(ranks).tolist()), tuple(onward.sent(ranks).tolist())
+        ),
     )
 
 
