@@ -18,10 +18,9 @@ import torch
 import zstandard
 from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
-from anchor_megatron.data.documents import Documents, Summary
-from anchor_megatron.data.encode import Encoder, pieces
+from anchor_megatron.data.documents import Documents
+from anchor_megatron.data.encode import pieces
 from anchor_megatron.data.preprocess import Job, preprocess
-from anchor_megatron.data.records import Form
 from anchor_megatron.data.tokenizer import batch_encoder, load_tokenizer, train_tokenizer
 
 LIBRARY = Path(sysconfig.get_paths()["stdlib"])
@@ -253,67 +252,6 @@ def test_some_documents_without_a_source_are_refused(tokenizer: Path, tmp_path: 
         preprocess(Job((tmp_path / "chosen",), tmp_path / "out", tokenizer=tokenizer))
 
 
-def test_a_run_goes_on_behind_the_files_that_are_done(
-    tokenizer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("anchor_megatron.data.preprocess._UNIT_BYTES", 1)
-    for n, text in enumerate(TEXTS[:6]):
-        (tmp_path / f"{n}.jsonl").write_text(json.dumps({"text": text}) + "\n")
-    job = Job((str(tmp_path / "*.jsonl"),), tmp_path / "out", tokenizer=tokenizer, source_from="file")
-    preprocess(job)
-    whole = {
-        one: Path(f"{job.output}{one}").read_bytes() for one in (".bin", ".idx", ".json", "_sources.npy")
-    }
-    job = Job(**{**vars(job), "output": tmp_path / "again"})
-    good = (tmp_path / "4.jsonl").read_bytes()
-    (tmp_path / "4.jsonl").write_bytes(b"{")
-    with pytest.raises(ValueError, match="4.jsonl:1: is not JSON"):
-        preprocess(job)
-    journal = (job.unfinished / "journal").read_bytes()
-    assert len(journal.splitlines()) == 5 and not Path(f"{job.output}.json").exists()
-    with (job.unfinished / "tokens").open("ab") as tokens:
-        tokens.write(b"of a file that was not done")
-    (job.unfinished / "journal").write_bytes(journal + b'{"files": [["torn')
-    (tmp_path / "4.jsonl").write_bytes(good)
-    read: list[str] = []
-    monkeypatch.setattr(Encoder, "__call__", _noting(read))
-    preprocess(job)
-    assert read == [str(tmp_path / f"{n}.jsonl:1") for n in (4, 5)], "only what was not done is read"
-    for suffix, content in whole.items():
-        assert Path(f"{job.output}{suffix}").read_bytes() == content.replace(b'"out_', b'"again_'), suffix
-    assert not job.unfinished.exists()
-
-
-def _noting(read: list[str]) -> Callable[..., Any]:
-    encode = Encoder.__call__
-
-    def call(self: Encoder, batch: Any) -> Any:
-        read.extend(record.place for record in batch.records)
-        return encode(self, batch)
-
-    return call
-
-
-def test_an_unfinished_run_of_other_settings_is_kept_until_told(
-    tokenizer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("anchor_megatron.data.preprocess._UNIT_BYTES", 1)
-    (tmp_path / "a.txt").write_text("good")
-    (tmp_path / "b.txt").write_bytes(b"\xff")
-    job = Job((tmp_path / "a.txt", tmp_path / "b.txt"), tmp_path / "out", tokenizer=tokenizer)
-    with pytest.raises(ValueError, match="b.txt: byte 0"):
-        preprocess(job)
-    changed = {**vars(job), "append_eod": True}
-    with pytest.raises(ValueError, match="holds an unfinished run of other append_eod; --overwrite"):
-        preprocess(Job(**changed))
-    damaged = job.unfinished / "tokens"
-    damaged.write_bytes(damaged.read_bytes()[:-1] + b"x")
-    with pytest.raises(ValueError, match="run of tokens that differ from their checksum"):
-        preprocess(job)
-    (tmp_path / "b.txt").write_text("good now")
-    assert preprocess(Job(**{**changed, "overwrite": True}))[0].documents == 2
-
-
 def test_long_texts_are_cut_where_no_token_changes(tokenizer: Path, tmp_path: Path) -> None:
     text = "".join(path.read_text() for path in sorted(LIBRARY.glob("[a-d]*.py")))[:600_000]
     encode = batch_encoder((tokenizer / "tokenizer.json").read_text())
@@ -333,10 +271,3 @@ def test_a_tokenizer_without_words_is_never_cut() -> None:
 
     text = "a line\nanother\n" * 4000
     assert list(pieces(text, tokens, size=10_000)) == [text]
-
-
-def test_summaries_tell_what_was_skipped(tmp_path: Path) -> None:
-    summary = Summary(1, 2, 2, 0, 1, 600, 0, "t", [], skipped=3)
-    summary.write(tmp_path / "a.json")
-    assert Summary.read(tmp_path / "a.json") == summary
-    assert Form() == Form(text_key="text")
