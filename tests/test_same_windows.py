@@ -16,9 +16,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_packing import ANCHOR
+from test_packing import ANCHOR, write_documents
 from test_windows import assert_same, corpus_of
 
 from anchor_megatron.config import Config
@@ -27,6 +28,7 @@ from anchor_megatron.data.packing import Packing, WindowDataset
 from anchor_megatron.data.window import Window
 from anchor_megatron.testing.models import tiny_config
 from anchor_megatron.training import loader, setup
+from anchor_megatron.training.batch import PlannedBatch
 
 STEPS, GLOBAL_BATCH = 12, 8
 
@@ -159,3 +161,56 @@ def test_a_document_of_millions_of_tokens_is_told_in_order(
     assert np.array_equal(np.sort(every), np.arange(first, first + length)), "each token once"
     if kind == "plain":
         assert (np.diff(every) == 1).all(), "in order across windows"
+
+
+def shards(
+    monkeypatch: pytest.MonkeyPatch, config: Any, *, replicas: int, first_step: int
+) -> list[list[PlannedBatch]]:
+    """The batches of every replica from `first_step` to the last."""
+    found = []
+    for rank in range(replicas):
+        state = SimpleNamespace(
+            get_data_parallel_rank=lambda rank=rank: rank,
+            get_data_parallel_world_size=lambda: replicas,
+            get_context_parallel_rank=lambda: 0,
+            get_context_parallel_world_size=lambda: 1,
+        )
+        monkeypatch.setattr(loader, "parallel_state", state)
+        size = config.train.micro_batch_size * replicas
+        monkeypatch.setattr(
+            loader, "micro_batches_per_step", lambda c, s=size: c.train.global_batch_size // s
+        )
+        windows = loader.open_windows(config)
+        found.append(list(loader.batches(config, windows, first_step=first_step, pin_memory=False)))
+    return found
+
+
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")  # more workers than this machine has cores
+@pytest.mark.parametrize("kind", ["plain", "balanced"])
+def test_windows_are_the_same_on_any_replicas_workers_and_after_resuming(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lengths = np.random.default_rng(0).integers(1, 120, 200)
+    write_documents(tmp_path / "set", lengths.tolist())
+    data = dict(train=str(tmp_path / "set"), packing=kind, packing_lookahead=2, interleave=9, num_workers=0)
+    config = tiny_config(
+        vocab_size=int(lengths.sum()) + 2, data=data, train=dict(steps=24, global_batch_size=8)
+    )
+
+    def rows(batches: list[PlannedBatch]) -> list[list[torch.Tensor]]:
+        names = ("tokens", "labels", "positions", "loss_mask")
+        device = torch.device("cpu")
+        return [[getattr(batch.to(device), name) for name in names] for batch in batches]
+
+    [[*straight]] = shards(monkeypatch, config, replicas=1, first_step=0)
+    expected = rows(straight)
+    assert len(expected) == 24 * 8
+    for replicas, workers, first in ((8, 0, 0), (8, 1, 13), (1, 4, 5), (8, 4, 20), (2, 1, 23)):
+        config.data.num_workers = workers
+        found = [
+            rows(batches) for batches in shards(monkeypatch, config, replicas=replicas, first_step=first)
+        ]
+        joined = [batch for together in zip(*found, strict=True) for batch in together]
+        assert len(joined) == len(expected[first * 8 :])
+        for one, other in zip(joined, expected[first * 8 :], strict=True):
+            assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
