@@ -12,6 +12,7 @@ from faults.parts import Part
 from faults.test_checkpoint_faults import fault_of
 
 from anchor_megatron.config import Config, load_config, save_config
+from anchor_megatron.data.check import check_data_set
 from anchor_megatron.data.documents import Documents
 from anchor_megatron.testing.ranks import run_ranks
 from anchor_megatron.training.checkpoint_find import folder_name
@@ -88,10 +89,12 @@ def damaged(
     if kind in ("data", "index"):
         for suffix in (".bin", ".idx", ".json"):
             shutil.copy(data.with_suffix(suffix), case)
-        cuts = [scenes.truncate, scenes.grow, scenes.remove]
-        damage = dice.choice(cuts if kind == "data" else [*cuts, scenes.flip, scenes.blank])
-        _apply(damage, case / f"set{'.bin' if kind == 'data' else '.idx'}", dice)
-        return _refusal(lambda: Documents(case / "set"))
+        shutil.copytree(f"{data}_tokenizer", case / "set_tokenizer")
+        name = f"set{'.bin' if kind == 'data' else '.idx'}"
+        _apply(dice.choice(list(scenes.DAMAGES.values())), case / name, dice)
+        if kind == "index":  # as training looks at it before its first window
+            return _refusal(lambda: Documents(case / "set").lengths)
+        return next(iter(check_data_set(case / "set")), None)
     shutil.copy(yaml, case)
     lines = yaml.read_text().splitlines()
     line = dice.choice([n for n, text in enumerate(lines) if text.startswith("  ") and ": " in text])
