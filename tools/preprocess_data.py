@@ -23,13 +23,13 @@ def main() -> int:
 
     given["suffixes"], given["inputs"] = tuple(given.pop("suffix")), tuple(given["inputs"])
     try:
-        summary, seconds = preprocess(Job(**given))
+        summary, tokens_per_second = preprocess(Job(**given))
     except ValueError as error:
         print(f"preprocess_data.py: {error}", file=sys.stderr)
         return 2
     print(
         f"{summary.documents:,} documents ({summary.empty:,} without text left out), {summary.tokens:,} "
-        f"tokens, longest {summary.longest:,}, {summary.tokens / seconds:,.0f} tokens/s, "
+        f"tokens, longest {summary.longest:,}, {tokens_per_second:,.0f} tokens/s, "
         f"anchor token {summary.anchor_token}"
     )
     print(write_statistics(given["output"]))

@@ -14,10 +14,9 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-__all__ = ["KINDS", "InputFile", "input_files"]
+__all__ = ["InputFile", "input_files"]
 
 _ENDINGS = {".jsonl": "jsonl", ".parquet": "parquet", ".arrow": "arrow", ".idx": "indexed"}
-KINDS = ("text", *_ENDINGS.values())
 _COMPRESSIONS = (".gz", ".zst")
 
 
@@ -28,13 +27,11 @@ class InputFile:
     kind    jsonl (a line is a document), parquet and arrow (a row is one), indexed (Megatron's .idx, the .bin
             beside it), text (the file is one)
     source  name of all its documents' source; None where they name it themselves or have none
-    named   named by the user, not found in a folder or by a pattern
     """
 
     path: Path
     kind: str
     source: str | None = None
-    named: bool = False
 
 
 def input_files(
@@ -49,16 +46,19 @@ def input_files(
     for one in inputs:
         path = Path(one)
         if path.is_dir():
-            paths, named = list(_in_folder(path, suffixes)), False
-        elif path.exists():
-            paths, named = [path], True
+            paths = list(_in_folder(path, suffixes))
+        elif path.is_file():
+            if not path.stat().st_size:
+                raise ValueError(f"{path}: is empty, expected documents")
+            paths = [path]
         else:
-            paths, named = [Path(match) for match in sorted(glob.glob(str(one), recursive=True))], False
-            paths = [match for match in paths if match.is_file() and match.stat().st_size]
+            paths = [
+                match for match in map(Path, sorted(glob.glob(str(one), recursive=True))) if match.is_file()
+            ]
         if not paths:
             raise ValueError(f"{one}: no such file or folder, and no pattern of any")
-        found += [_described(path, named, source_from) for path in paths]
-    return [file for file in found if file is not None]
+        found += [_described(path, source_from) for path in paths]
+    return found
 
 
 def _in_folder(folder: Path, suffixes: tuple[str, ...]) -> Iterator[Path]:
@@ -85,14 +85,10 @@ def _of_saved_dataset(folder: Path) -> list[Path]:
     return [folder / Path(entry["filename"]).name for entry in state["_data_files"]]
 
 
-def _described(path: Path, named: bool, source_from: str | None) -> InputFile:
-    if not path.is_file():
-        raise ValueError(f"{path}: no such file")
-    if named and not path.stat().st_size:
-        raise ValueError(f"{path}: is empty, expected documents")
+def _described(path: Path, source_from: str | None) -> InputFile:
     endings = path.suffixes
     if endings and endings[-1] in _COMPRESSIONS:
         endings = endings[:-1]
     kind = _ENDINGS.get(endings[-1] if endings else "", "text")
     sources = {"file": path.name.split(".")[0], "folder": path.resolve().parent.name}
-    return InputFile(path, kind, sources.get(source_from or ""), named)
+    return InputFile(path, kind, sources.get(source_from or ""))

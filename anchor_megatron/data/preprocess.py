@@ -44,7 +44,7 @@ __all__ = ["Job", "preprocess"]
 _WEIGHTS = ("*.safetensors", "*.bin", "*.pt", "*.pth", "*.gguf", "*.h5", "*.msgpack", "*.onnx", ".*")
 _BATCH_BYTES = 1 << 20  # of records that go to a worker at once
 _UNIT_BYTES = 32 << 20  # of files that are done with together
-_PLACES = 1000  # of skipped records that the report names
+_PLACES = 100  # of skipped records that the report names
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,7 @@ class Job:
 
 
 def preprocess(job: Job) -> tuple[Summary, float]:
-    """Runs `job`; returns what was written and the seconds that tokenising took.
+    """Runs `job`; returns what was written, and the tokens a second that this run made.
 
     Raises ValueError naming file and place, or the option, for input that cannot be used; no data set is
     written then, and files that were done with are kept for the next run.
@@ -176,22 +176,29 @@ def _tokenise(
     dtype = np.dtype(DType.optimal_dtype(vocab_size))
     source = encoder_source(tokenizer, job.unfinished / "tokenizer")
     make_encoder = partial(Encoder.open, source, job.form, dtype, vocab_size, end, job.on_error == "skip")
-    started = time.perf_counter()
     unfinished.start(settings)
+    started, before = time.perf_counter(), unfinished.counts.get("tokens", 0)
     with tqdm(unit="B", unit_scale=True, desc="tokenising") as progress:
         batches = _batches(job, files, unfinished.files_done)
         _write(files, encoded(make_encoder, batches, workers=job.workers), unfinished, progress)
-    counts = unfinished.counts
     unfinished.files_done = 0  # nothing is left to go on with
-    if not counts["tokens"]:
+    if not unfinished.counts["tokens"]:
         raise ValueError(f"{', '.join(map(str, job.inputs))}: holds no text, expected at least one document")
-    parts = unfinished.finish(dtype)
+    summary = _finish(job, unfinished, dtype, vocab_size=vocab_size, anchor_token=anchor)
+    return summary, (summary.tokens - before) / (time.perf_counter() - started)
+
+
+def _finish(
+    job: Job, unfinished: Unfinished, dtype: np.dtype, *, vocab_size: int, anchor_token: int
+) -> Summary:
+    """Summary and report, and all parts in their places."""
+    parts, counts = unfinished.finish(dtype), unfinished.counts
     skipped = counts.pop("skipped")
     summary = Summary(
         **counts,
         skipped=sum(skipped["counts"].values()),
         vocab_size=vocab_size,
-        anchor_token=anchor,
+        anchor_token=anchor_token,
         tokenizer=job.finals["_tokenizer"].name,
         sources=unfinished.source_names,
         crc32=unfinished.crc32,
@@ -202,7 +209,7 @@ def _tokenise(
         parts["_skipped.json"] = job.unfinished / "skipped.json"
         parts["_skipped.json"].write_text(json.dumps(skipped, indent=1) + "\n")
     _move(parts, job.finals)
-    return summary, time.perf_counter() - started
+    return summary
 
 
 def _batches(job: Job, files: list[InputFile], first: int) -> Iterator[Batch]:

@@ -25,7 +25,7 @@ from anchor_megatron.data.records import Form, Record, Unusable
 __all__ = ["records"]
 
 _CHUNK = 1 << 20  # bytes read and unpacked at once
-_ROWS = 256  # of a table, decoded at once
+_ROWS = 32  # of a table, decoded at once: a row may be a book
 
 
 def records(file: InputFile, form: Form, *, largest: int) -> Iterator[Record]:

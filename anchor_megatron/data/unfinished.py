@@ -57,16 +57,16 @@ class Unfinished:
         """Takes up what an earlier run with these settings left; why not, where there is something else."""
         try:
             first, *lines = (self.folder / "journal").read_bytes().split(b"\n")[:-1]  # a torn line has no end
-            told, last = json.loads(first), json.loads(lines[-1]) if lines else None
+            told, notes = json.loads(first), [json.loads(line) for line in lines]
         except (OSError, ValueError):
             return None
         if told != settings:
             names = [name for name in settings if told.get(name) != settings[name]]
             return f"other {', '.join(names)}"
-        if last is None:
+        if not notes:
             return None
-        done = [stamp(file) for file in files[: len(last["files"])]]
-        if done != last["files"]:
+        done, last = [file for note in notes for file in note["files"]], notes[-1]
+        if done != [stamp(file) for file in files[: len(done)]]:
             return "other input files"
         for name in _STREAMS:
             if _checksum(self.folder / name, last["sizes"][name]) != last["sums"][name]:
@@ -103,8 +103,8 @@ class Unfinished:
             file.flush()
             os.fsync(file.fileno())
         line = dict(
-            files=[stamp(file) for file in files], sizes=self._sizes, sums=self._sums, counts=self.counts,
-            source_names=self.source_names,
+            files=[stamp(file) for file in files[self.files_done :]], sizes=self._sizes, sums=self._sums,
+            counts=self.counts, source_names=self.source_names,
         )  # fmt: skip
         with (self.folder / "journal").open("a") as journal:
             journal.write(json.dumps(line) + "\n")
