@@ -1,6 +1,6 @@
 """Measures preprocessing, beside the tokenizer library alone and a plain loop, and on one long document.
 
-    python benchmarks/bench_preprocess.py [--megabytes 60] [--workers 2] [--vocabulary 32768] [--json FILE]
+    python benchmarks/bench_preprocess.py [--megabytes 90] [--workers 2] [--vocabulary 32768] [--json FILE]
 
 Text: the Python standard library's sources as JSONL, cut or repeated to `--megabytes`. In turn, each in a
 process of its own and timed behind its imports: tools/preprocess_data.py; the tokenizer library on the same
@@ -41,7 +41,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--megabytes", type=int, default=60, help="of text (%(default)s)")
+    parser.add_argument("--megabytes", type=int, default=90, help="of text (%(default)s)")
     parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--vocabulary", type=int, default=32_768)
     parser.add_argument("--repeats", type=int, default=3)
