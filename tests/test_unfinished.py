@@ -49,6 +49,9 @@ def test_a_run_goes_on_behind_the_files_that_are_done(
     with (job.unfinished / "tokens").open("ab") as tokens:
         tokens.write(b"of a file that was not done")
     (job.unfinished / "journal").write_bytes(journal + b'{"files": [["torn')
+    with pytest.raises(ValueError, match="4.jsonl:1: is not JSON"):
+        preprocess(job)
+    assert (job.unfinished / "journal").read_bytes() == journal
     (tmp_path / "4.jsonl").write_bytes(good)
     read: list[str] = []
     monkeypatch.setattr(Encoder, "__call__", _noting(read))

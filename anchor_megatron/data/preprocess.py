@@ -97,7 +97,8 @@ def preprocess(job: Job) -> tuple[Summary, float]:
     _check(job)
     files = input_files(job.inputs, job.suffixes, job.source_from)
     job.output.parent.mkdir(parents=True, exist_ok=True)
-    unfinished, settings = Unfinished(job.unfinished), _settings(job, files)
+    settings = _settings(job, files)
+    unfinished = Unfinished(job.unfinished)
     reason = unfinished.resume(settings, files)
     if reason is not None and not job.overwrite:
         unfinished.close(keep=True)

@@ -76,9 +76,12 @@ class Unfinished:
         return None
 
     def start(self, settings: dict[str, Any]) -> None:
-        """Makes the streams ready to be appended to."""
-        if not self.files_done:
-            (self.folder / "journal").write_text(json.dumps(settings) + "\n")
+        """Makes journal and streams ready to be appended to."""
+        journal = self.folder / "journal"
+        if self.files_done:
+            os.truncate(journal, journal.read_bytes().rindex(b"\n") + 1)
+        else:
+            journal.write_text(json.dumps(settings) + "\n")
         for name in _STREAMS:
             self._files[name] = (self.folder / name).open("ab")
             self._files[name].truncate(self._sizes[name])
