@@ -12,6 +12,7 @@ tokens, with the largest resident memory of the tool's processes. Medians. Print
 from __future__ import annotations
 
 import argparse
+import contextlib
 import itertools
 import json
 import os
@@ -139,12 +140,10 @@ def run_tool(folder: Path, name: str, workers: int) -> tuple[int, float, list[fl
     with subprocess.Popen([sys.executable, tool, *words], stdout=subprocess.PIPE, text=True) as process:
         largest: dict[int, int] = {}
         while process.poll() is None:
-            try:
+            with contextlib.suppress(psutil.NoSuchProcess):  # it ended since; looked at 50 ms ago
                 watched = psutil.Process(process.pid)
                 for one in [watched, *watched.children()]:
                     largest[one.pid] = max(largest.get(one.pid, 0), one.memory_info().rss)
-            except psutil.NoSuchProcess:
-                pass
             time.sleep(0.05)
         assert process.stdout is not None
         printed = process.stdout.read()

@@ -6,7 +6,6 @@ import html
 import json
 import re
 import sys
-import sysconfig
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +13,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from test_show_plan import spans
 from test_windows import corpus_of
 
 from anchor_megatron.config import data_config
@@ -23,6 +23,7 @@ from anchor_megatron.data.packing import WindowDataset
 from anchor_megatron.data.preprocess import Job, preprocess
 from anchor_megatron.data.statistics import LONG, corpus_statistics, write_statistics
 from anchor_megatron.data.tokenizer import load_tokenizer
+from anchor_megatron.testing.texts import write_paragraphs
 from anchor_megatron.training.batch import plan_batch
 from anchor_megatron.training.loader import open_windows
 from anchor_megatron.training.packing_report import packing_report
@@ -38,11 +39,8 @@ HEADING = re.compile(
 
 def paragraphs(prefix: Path) -> Path:
     """Paragraphs of the standard library's json package, from sources "decoder" and "other" in turn."""
-    files = sorted((Path(sysconfig.get_paths()["stdlib"]) / "json").glob("*.py"))
-    parts = [part for path in files for part in path.read_text().split("\n\n") if part.strip()]
-    lines = [json.dumps({"text": part}) for part in parts if part.isascii()]
-    prefix.with_suffix(".jsonl").write_text("\n".join(lines))
-    summary, _ = preprocess(Job((prefix.with_suffix(".jsonl"),), prefix, train_tokenizer=300))
+    text = write_paragraphs(prefix.with_suffix(".jsonl"))
+    summary, _ = preprocess(Job((text,), prefix, train_tokenizer=300))
     summary.sources[:] = ["decoder", "other"]
     summary.write(prefix.with_suffix(".json"))
     np.save(f"{prefix}_sources.npy", np.arange(summary.documents, dtype=np.uint8) % 2)
@@ -52,15 +50,6 @@ def paragraphs(prefix: Path) -> Path:
 @pytest.fixture(scope="module")
 def prefix(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return paragraphs(tmp_path_factory.mktemp("data") / "set")
-
-
-def numbers(text: str) -> list[int]:
-    """ "0, 5-8" -> 0 5 6 7"""
-    found: list[int] = []
-    for part in text.split(", "):
-        start, _, stop = part.partition("-")
-        found += range(int(start), int(stop or int(start) + 1))
-    return found
 
 
 @pytest.mark.parametrize(
@@ -87,7 +76,7 @@ def test_what_is_shown_is_what_is_trained_on(
     for passage in passages:
         if passage.piece < 0:
             assert passage.heading.startswith("padding: rows ")
-            rows += numbers(passage.heading.split("rows ")[1].split(",")[0])
+            rows += spans(passage.heading.split("rows ")[1].split(",")[0])
             continue
         found = HEADING.fullmatch(passage.heading)
         assert found, passage.heading
@@ -100,7 +89,7 @@ def test_what_is_shown_is_what_is_trained_on(
         assert all(run.is_masked for run in passage.runs if run.kind == "lead")
         check_ends(passage, text, documents, document, stop, tokenizer, "eos" in str(fields))
         rows += range(int(found[6]), int(found[7]))
-        place = numbers(found[8])
+        place = spans(found[8])
         assert len(place) == int(found[7]) - int(found[6])
         shown.update(zip(range(int(found[6]), int(found[7])), place, strict=True))
     assert sorted(rows) == list(range(700)), "every row once"

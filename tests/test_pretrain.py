@@ -9,7 +9,6 @@ import json
 import shutil
 import subprocess
 import sys
-import sysconfig
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +25,7 @@ from anchor_megatron.config import Config
 from anchor_megatron.data.preprocess import Job, preprocess
 from anchor_megatron.testing.models import random_window, tiny_config
 from anchor_megatron.testing.ranks import run_ranks
+from anchor_megatron.testing.texts import write_paragraphs
 from anchor_megatron.training.batch import plan_batch
 from anchor_megatron.training.setup import initialize_ranks
 from anchor_megatron.training.step import build_trainee, forward_backward
@@ -44,11 +44,8 @@ FIGURES = {
 def prefix(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small data set of real text: the standard library's json package, a paragraph a document."""
     output = tmp_path_factory.mktemp("data") / "set"
-    files = sorted((Path(sysconfig.get_paths()["stdlib"]) / "json").glob("*.py"))
-    paragraphs = [part for path in files for part in path.read_text().split("\n\n") if part.strip()]
-    lines = [json.dumps({"text": part}) for part in paragraphs]
-    output.with_suffix(".jsonl").write_text("\n".join(lines))
-    preprocess(Job((output.with_suffix(".jsonl"),), output, train_tokenizer=300))
+    text = write_paragraphs(output.with_suffix(".jsonl"))
+    preprocess(Job((text,), output, train_tokenizer=300))
     return output
 
 

@@ -8,7 +8,6 @@ import json
 import os
 import shutil
 import signal
-import sysconfig
 import threading
 import time
 from collections.abc import Callable
@@ -23,6 +22,7 @@ from anchor_megatron.config import Config
 from anchor_megatron.data.preprocess import Job, preprocess
 from anchor_megatron.testing.models import tiny_config
 from anchor_megatron.testing.ranks import RankError, run_ranks
+from anchor_megatron.testing.texts import write_paragraphs
 from anchor_megatron.training.loop import Run
 from anchor_megatron.training.optimizer import create_optimizer_state
 
@@ -44,11 +44,8 @@ LAYOUTS: dict[str, tuple[dict[str, Any], int]] = {
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small data set of real text: the standard library's json package, a paragraph a document."""
     prefix = tmp_path_factory.mktemp("data") / "set"
-    files = sorted((Path(sysconfig.get_paths()["stdlib"]) / "json").glob("*.py"))
-    paragraphs = [part for path in files for part in path.read_text().split("\n\n") if part.strip()]
-    lines = [json.dumps({"text": part}) for part in paragraphs]
-    prefix.with_suffix(".jsonl").write_text("\n".join(lines))
-    preprocess(Job((prefix.with_suffix(".jsonl"),), prefix, train_tokenizer=300))
+    text = write_paragraphs(prefix.with_suffix(".jsonl"))
+    preprocess(Job((text,), prefix, train_tokenizer=300))
     return prefix
 
 

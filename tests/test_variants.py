@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import json
 import shutil
-import sysconfig
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
+from test_inspect_data import paragraphs
 
 from anchor_megatron.config import Config
-from anchor_megatron.data.preprocess import Job, preprocess
 from anchor_megatron.testing.models import tiny_config
 from anchor_megatron.testing.ranks import run_ranks
 from anchor_megatron.training.loop import Run
@@ -22,17 +20,7 @@ STEPS = 4
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Paragraphs of the standard library's json package, from sources "decoder" and "other" in turn."""
-    prefix = tmp_path_factory.mktemp("data") / "set"
-    files = sorted((Path(sysconfig.get_paths()["stdlib"]) / "json").glob("*.py"))
-    paragraphs = [part for path in files for part in path.read_text().split("\n\n") if part.strip()]
-    lines = [json.dumps({"text": part}) for part in paragraphs]
-    prefix.with_suffix(".jsonl").write_text("\n".join(lines))
-    summary, _ = preprocess(Job((prefix.with_suffix(".jsonl"),), prefix, train_tokenizer=300))
-    summary.sources[:] = ["decoder", "other"]
-    summary.write(prefix.with_suffix(".json"))
-    np.save(f"{prefix}_sources.npy", np.arange(summary.documents, dtype=np.uint8) % 2)
-    return prefix
+    return paragraphs(tmp_path_factory.mktemp("data") / "set")
 
 
 def configuration(prefix: Path, folder: Path, **sections: dict[str, Any]) -> Config:

@@ -124,21 +124,20 @@ class Encoder:
     def _encoded(self, contents: list[str | np.ndarray]) -> list[np.ndarray]:
         """Token ids of every document, with what ends it; none of one without text."""
         rows = [np.zeros(0, self.dtype)] * len(contents)
-        short = []
+        short: dict[int, str] = {}
         for n, content in enumerate(contents):
             if isinstance(content, np.ndarray):
                 rows[n] = self._ended(content)
-            elif content and not content.isspace():
-                if len(content) <= PIECE:
-                    short.append(n)
-                else:
-                    ids = [
-                        np.array(self.tokens_of([one])[0], self.dtype)
-                        for one in pieces(content, self.tokens_of)
-                    ]
-                    rows[n] = self._ended(np.concatenate(ids))
-        for n, ids in zip(short, self.tokens_of([contents[n] for n in short]), strict=True):  # type: ignore
-            rows[n] = self._ended(np.array(ids, self.dtype))
+            elif not content or content.isspace():
+                continue
+            elif len(content) > PIECE:
+                parts = pieces(content, self.tokens_of)
+                ids = [np.array(self.tokens_of([part])[0], self.dtype) for part in parts]
+                rows[n] = self._ended(np.concatenate(ids))
+            else:
+                short[n] = content
+        for n, found in zip(short, self.tokens_of(list(short.values())), strict=True):
+            rows[n] = self._ended(np.array(found, self.dtype))
         return rows
 
     def _ended(self, ids: np.ndarray) -> np.ndarray:

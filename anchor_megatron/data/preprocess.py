@@ -87,6 +87,11 @@ class Job:
         """Where the run keeps what it has."""
         return self.output.parent / f".{self.output.name}.unfinished"
 
+    @property
+    def kept_tokenizer(self) -> Path:
+        """The tokenizer's files there."""
+        return self.unfinished / "tokenizer"
+
 
 def preprocess(job: Job) -> tuple[Summary, float]:
     """Runs `job`; returns what was written, and the tokens a second that this run made.
@@ -97,17 +102,17 @@ def preprocess(job: Job) -> tuple[Summary, float]:
     _check(job)
     files = input_files(job.inputs, job.suffixes, job.source_from)
     job.output.parent.mkdir(parents=True, exist_ok=True)
-    settings = _settings(job, files)
+    given = load_tokenizer(job.tokenizer) if job.tokenizer is not None else None
+    settings = _settings(job, files, given)
     unfinished = Unfinished(job.unfinished)
     reason = unfinished.resume(settings, files)
     if reason is not None and not job.overwrite:
         unfinished.close(keep=True)
         raise ValueError(f"{job.unfinished}: holds an unfinished run of {reason}; --overwrite discards it")
     try:
-        folder = job.unfinished / "tokenizer"
-        tokenizer = (
-            load_tokenizer(folder) if unfinished.files_done else _provide_tokenizer(job, files, folder)
-        )
+        if not unfinished.files_done:
+            _provide_tokenizer(job, files)
+        tokenizer = load_tokenizer(job.kept_tokenizer) if given is None else given
         return _tokenise(job, files, tokenizer, unfinished, settings)
     finally:
         unfinished.close(keep=unfinished.files_done > 0)
@@ -126,32 +131,26 @@ def _check(job: Job) -> None:
             raise ValueError(f"--output: {path} exists; give --overwrite to replace it")
 
 
-def _settings(job: Job, files: list[InputFile]) -> dict[str, Any]:
+def _settings(job: Job, files: list[InputFile], tokenizer: Any) -> dict[str, Any]:
     """What a run must have in common with an unfinished one to go on with it."""
     names = ("text_key", "tokens_key", "source_key", "source_from", "append_eod", "max_bytes", "on_error")
     settings: dict[str, Any] = {name: getattr(job, name) for name in names}
     if job.tokenizer is not None:
-        settings["tokenizer"] = _digest(load_tokenizer(job.tokenizer), job.tokenizer)
+        source = encoder_source(tokenizer, job.tokenizer)
+        settings["tokenizer"] = hashlib.sha256(str(source).encode()).hexdigest()
     else:  # it depends on all of the text
         settings |= {"train_tokenizer": job.train_tokenizer, "files": [stamp(file) for file in files]}
     return settings
 
 
-def _digest(tokenizer: Any, folder: Path) -> str:
-    source = encoder_source(tokenizer, folder)
-    return hashlib.sha256(str(source).encode()).hexdigest()
-
-
-def _provide_tokenizer(job: Job, files: list[InputFile], folder: Path) -> Any:
-    """The tokenizer, and its files in `folder`: copied, without a model's weights beside them, or trained."""
-    shutil.rmtree(folder, ignore_errors=True)
-    if job.train_tokenizer is not None:
-        train_tokenizer(_texts(job, files), vocab_size=job.train_tokenizer, folder=folder)
-        return load_tokenizer(folder)
-    assert job.tokenizer is not None, "a job names its tokenizer or has one trained"
-    tokenizer = load_tokenizer(job.tokenizer)
-    shutil.copytree(job.tokenizer, folder, ignore=shutil.ignore_patterns(*_WEIGHTS))
-    return tokenizer
+def _provide_tokenizer(job: Job, files: list[InputFile]) -> None:
+    """The tokenizer's files beside the output: copied, without a model's weights beside them, or trained."""
+    shutil.rmtree(job.kept_tokenizer, ignore_errors=True)
+    if job.tokenizer is not None:
+        shutil.copytree(job.tokenizer, job.kept_tokenizer, ignore=shutil.ignore_patterns(*_WEIGHTS))
+        return
+    assert job.train_tokenizer is not None, "a job names its tokenizer or has one trained"
+    train_tokenizer(_texts(job, files), vocab_size=job.train_tokenizer, folder=job.kept_tokenizer)
 
 
 def _texts(job: Job, files: list[InputFile]) -> Iterator[str]:
@@ -175,7 +174,7 @@ def _tokenise(
     end = (int(tokenizer.eos_token_id),) if job.append_eod else ()
     vocab_size = max(tokenizer.get_vocab().values()) + 1  # more than len() where ids have gaps
     dtype = np.dtype(DType.optimal_dtype(vocab_size))
-    source = encoder_source(tokenizer, job.unfinished / "tokenizer")
+    source = encoder_source(tokenizer, job.kept_tokenizer)
     make_encoder = partial(Encoder.open, source, job.form, dtype, vocab_size, end, job.on_error == "skip")
     unfinished.start(settings)
     started, before = time.perf_counter(), unfinished.counts.get("tokens", 0)
@@ -204,7 +203,7 @@ def _finish(
         sources=unfinished.source_names,
         crc32=unfinished.crc32,
     )
-    parts |= {"_tokenizer": job.unfinished / "tokenizer", ".json": job.unfinished / "summary.json"}
+    parts |= {"_tokenizer": job.kept_tokenizer, ".json": job.unfinished / "summary.json"}
     summary.write(parts[".json"])
     if summary.skipped:
         parts["_skipped.json"] = job.unfinished / "skipped.json"

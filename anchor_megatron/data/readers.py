@@ -14,7 +14,7 @@ import io
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 
@@ -80,10 +80,10 @@ def _guarded(read: Any, size: int, place: str) -> bytes:
         raise Unusable("damaged file", f"{place}: cannot be unpacked ({error})") from error
 
 
-def _opened(path: Path) -> BinaryIO:
+def _opened(path: Path) -> io.BufferedIOBase:
     """The file's bytes, unpacked."""
     if path.suffix == ".gz":
-        return gzip.open(path, "rb")  # type: ignore[return-value]
+        return gzip.GzipFile(path)
     if path.suffix == ".zst":
         return io.BufferedReader(_Zstandard(path), _CHUNK)
     return path.open("rb")

@@ -34,7 +34,7 @@ _LONGEST = np.iinfo(np.int32).max  # tokens of a document in the indexed format
 
 class Unfinished:
     """What is written so far. `files_done` of the run's files need not be read again; `counts` is what the
-    caller had at the last `commit`, to be changed in place; `source_names` are those seen.
+    caller had at the last `commit`, to be changed in place.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -48,7 +48,7 @@ class Unfinished:
             raise ValueError(f"{folder}: another run is at work there, expected one at a time") from error
         self.files_done = 0
         self.counts: dict[str, Any] = {}
-        self.source_names: list[str] = []
+        self._numbers: dict[str, int] = {}  # of sources
         self._sums = dict.fromkeys(_STREAMS, 0)
         self._sizes = dict.fromkeys(_STREAMS, 0)
         self._files: dict[str, IO[bytes]] = {}
@@ -71,7 +71,8 @@ class Unfinished:
         for name in _STREAMS:
             if _checksum(self.folder / name, last["sizes"][name]) != last["sums"][name]:
                 return f"{name} that differ from their checksum"
-        self.files_done, self.counts, self.source_names = len(done), last["counts"], last["source_names"]
+        self.files_done, self.counts = len(done), last["counts"]
+        self._numbers = {name: number for number, name in enumerate(last["source_names"])}
         self._sums, self._sizes = last["sums"], last["sizes"]
         return None
 
@@ -90,9 +91,8 @@ class Unfinished:
         """Documents, one after another; `sources` None for those that have none."""
         if lengths.max(initial=0) > _LONGEST:
             raise ValueError(f"got a document of {lengths.max()} tokens, expected at most {_LONGEST}")
-        known = {name: n for n, name in enumerate(self.source_names)}
+        known = self._numbers
         numbers = [-1 if name is None else known.setdefault(name, len(known)) for name in sources]
-        self.source_names = list(known)
         streams = (ids, lengths.astype(np.int32), np.array(numbers, dtype=np.int32))
         for name, array in zip(_STREAMS, streams, strict=True):
             raw = array.tobytes()
@@ -114,6 +114,11 @@ class Unfinished:
             journal.flush()
             os.fsync(journal.fileno())
         self.files_done = len(files)
+
+    @property
+    def source_names(self) -> list[str]:
+        """Names of the sources, by their numbers."""
+        return list(self._numbers)
 
     @property
     def crc32(self) -> int:

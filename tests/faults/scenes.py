@@ -13,7 +13,6 @@ import json
 import os
 import random
 import signal
-import sysconfig
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -23,6 +22,7 @@ from unittest import mock
 from anchor_megatron.config import Config
 from anchor_megatron.data.preprocess import Job, preprocess
 from anchor_megatron.testing.models import tiny_config
+from anchor_megatron.testing.texts import write_paragraphs
 
 STEPS, INTERVAL, RANKS = 8, 2, 2
 
@@ -44,12 +44,8 @@ POINTS = {
 def make_data(folder: Path) -> Path:
     """The standard library's json package, a paragraph a document; returns the prefix."""
     prefix = folder / "set"
-    files = sorted((Path(sysconfig.get_paths()["stdlib"]) / "json").glob("*.py"))
-    paragraphs = [part for path in files for part in path.read_text().split("\n\n") if part.strip()]
-    prefix.with_suffix(".jsonl").write_text("\n".join(json.dumps({"text": part}) for part in paragraphs))
-    job = Job(
-        (prefix.with_suffix(".jsonl"),), prefix, train_tokenizer=300, overwrite=True, source_from="file"
-    )
+    text = write_paragraphs(prefix.with_suffix(".jsonl"))
+    job = Job((text,), prefix, train_tokenizer=300, overwrite=True, source_from="file")
     preprocess(job)
     return prefix
 
