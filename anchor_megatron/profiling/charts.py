@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from anchor_megatron.profiling.simulate import TARGETS
-from anchor_megatron.profiling.table import label
+from anchor_megatron.profiling.table import PREDICTIONS, label
 
 __all__ = ["balance_chart", "bytes_chart", "efficiency_chart", "measured_chart", "time_chart"]
 
@@ -122,11 +122,11 @@ def measured_chart(rows: Rows) -> bytes:
         at = np.arange(len(rows))
         colours = [_STYLES.get(label(row), {}).get("color", "#7a7a7a") for row in rows]
         axes.barh(at, [row["total_ms"] for row in rows], color=colours, label="measured")
-        predicted = [(i, row["predicted_ms"]) for i, row in enumerate(rows) if row.get("predicted_ms")]
-        if predicted:
-            axes.plot(
-                [ms for _, ms in predicted], [i for i, _ in predicted], "k|", markersize=14, label="predicted"
-            )
+        for name, colour in zip(PREDICTIONS, ("black", "#a0a0a0"), strict=True):
+            found = [(row[name], i) for i, row in enumerate(rows) if name in row]
+            if found:
+                style = dict(color=colour, markersize=14, label=name.removesuffix("_ms"))
+                axes.plot(*zip(*found, strict=True), "|", **style)
         for index, row in enumerate(rows):
             axes.text(
                 row["total_ms"], index, f"  {row['total_ms']:.2f} ms, {row['efficiency']:.0%}", va="center"

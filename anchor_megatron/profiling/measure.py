@@ -8,7 +8,9 @@ taken apart by stand-in kernels (`stand_ins.py`):
     exchange    the layer with a kernel that computes nothing: transfers, and rows packed, gathered, summed
     hidden      what of the exchange the total does not show: attention + exchange - total
 
-Figures are medians over the repeats of the slowest rank's milliseconds.
+Figures are medians over the repeats of the slowest rank's milliseconds, forward and backward, and their sum:
+in training all layers' forward passes come before any backward pass, and ranks wait for each other in every
+layer.
 """
 
 from __future__ import annotations
@@ -30,7 +32,7 @@ from anchor_megatron.attention.plan_tensors import PackedArrays, plan_arrays, pl
 from anchor_megatron.layout.cost import CostModel, LayerShape
 from anchor_megatron.layout.exchanges import plan_exchange
 from anchor_megatron.layout.placement import Placement, balance
-from anchor_megatron.profiling.clock import timed
+from anchor_megatron.profiling.clock import slowest, timed
 from anchor_megatron.profiling.predict import ROUND_BYTES, predict
 from anchor_megatron.profiling.stand_ins import NoAttention, Remembered
 
@@ -129,14 +131,8 @@ def measure_total(
 ) -> dict[str, float]:
     """Milliseconds of another implementation on `tokens` rows of this rank."""
     leaves = _random_leaves(tokens, shape, device)
-    forward, backward = np.median(
-        timed(_passes(attend, leaves), device=device, repeats=repeats).max(axis=0), axis=0
-    )
-    return {
-        "forward_ms": float(forward),
-        "backward_ms": float(backward),
-        "total_ms": float(forward + backward),
-    }
+    forward, backward = slowest(timed(_passes(attend, leaves), device=device, repeats=repeats)).tolist()
+    return {"forward_ms": forward, "backward_ms": backward, "total_ms": forward + backward}
 
 
 def _attention(case: Case, kernel: Any, device: torch.device) -> Attention:
@@ -186,9 +182,8 @@ def _by_rank(figures: np.ndarray, case: Case) -> np.ndarray:
 
 def _row(case: Case, alone: np.ndarray, exchange: np.ndarray, total: np.ndarray) -> dict[str, Any]:
     """Milliseconds of the slowest rank, and what the exchange brings the worst rank in the forward pass."""
-    forward, backward = np.median(total.max(axis=0), axis=0).tolist()
-    attention = float(np.median(alone.sum(axis=2).max(axis=0)))
-    transfer = float(np.median(exchange.sum(axis=2).max(axis=0)))
+    forward, backward = slowest(total).tolist()
+    attention, transfer = (float(slowest(figures).sum()) for figures in (alone, exchange))
     tokens = int(case.placement.cu_seqlens[-1])
     predicted = predict(case.exchange, case.placement, case.costs)
     assert predicted is not None, f"{case.exchange} ran, so it can be predicted"

@@ -9,7 +9,7 @@ from typing import Any
 
 from anchor_megatron.profiling import charts
 from anchor_megatron.profiling.simulate import TARGETS
-from anchor_megatron.profiling.table import label
+from anchor_megatron.profiling.table import PREDICTIONS, label
 
 __all__ = ["write_report"]
 
@@ -85,11 +85,13 @@ def _on_nodes(rows: Rows) -> list[str]:
 
 def _measured(results: dict[str, Any]) -> str:
     rows: Rows = results["rows"]
-    errors = [abs(row["predicted_ms"] / row["total_ms"] - 1) for row in rows if row.get("predicted_ms")]
-    lines = [f"The cost model fitted to these rows is at most {max(errors):.0%} off."] if errors else []
+    lines = []
+    for name, who in zip(PREDICTIONS, ("with the rates known before", "fitted to these rows"), strict=True):
+        if errors := [abs(row[name] / row["total_ms"] - 1) for row in rows if name in row]:
+            lines.append(f"The cost model {who} is at most {max(errors):.0%} off.")
     columns = {
         "attention_ms": 2, "exchange_ms": 2, "hidden_ms": 2, "forward_ms": 2, "backward_ms": 2, "total_ms": 2,
-        "predicted_ms": 2, "efficiency": 3, "balance": 3, "received": 3, "megabytes": 1,
+        "predicted_ms": 2, "fitted_ms": 2, "efficiency": 3, "balance": 3, "received": 3, "megabytes": 1,
     }  # fmt: skip
     return "\n".join(
         [

@@ -131,14 +131,14 @@ def _figures(
 ) -> dict[str, float]:
     ranks = prediction.received.size
     ring = max(1, tokens_per_rank * (ranks - 1))
-    attention = float(prediction.attention.sum(axis=0).max())
     forward, backward = prediction.total.max(axis=1).tolist()
+    attention, exchange = (float(x.max(axis=1).sum()) for x in (prediction.attention, prediction.exchange))
     found = {
         "balance": 1.0 if placement is None else balance(placement),
         "received": float(prediction.received.max()) / ring,
         "sent": float(prediction.sent.max()) / ring,
         "attention_ms": attention * 1e3,
-        "exchange_ms": float(prediction.exchange.sum(axis=0).max()) * 1e3,
+        "exchange_ms": exchange * 1e3,
         "not_hidden_ms": (forward + backward - attention) * 1e3,
         "forward_ms": forward * 1e3,
         "backward_ms": backward * 1e3,

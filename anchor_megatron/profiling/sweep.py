@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -142,14 +142,19 @@ def _heads(shape: LayerShape) -> str:
 
 
 def add_predictions(rows: list[dict[str, Any]], samples: list[Sample], settings: Sweep) -> Machine:
-    """Fits a machine to the samples and writes its prediction beside every row of ours."""
+    """Fits a machine to the samples, and writes beside every row of ours what the rates known before predict,
+    and what the fitted ones do.
+    """
     machine = calibrate(samples, CostModel(settings.before, ranks_per_node=settings.ranks_per_node))
     ours = [row for row in rows if row["name"] == "ours"]
     for row, sample in zip(ours, samples, strict=True):
-        case = sample.case
-        prediction = predict(
-            case.exchange, case.placement, CostModel(machine, case.shape, settings.ranks_per_node)
-        )
-        assert prediction is not None, f"{case.exchange} ran, so it can be predicted"
-        row["predicted_ms"] = float(prediction.total.max(axis=1).sum()) * 1e3
+        row["predicted_ms"] = _predicted(sample.case, settings.before)
+        row["fitted_ms"] = _predicted(sample.case, machine)
     return machine
+
+
+def _predicted(case: Case, machine: Machine) -> float:
+    """Milliseconds of a measured case."""
+    prediction = predict(case.exchange, case.placement, replace(case.costs, machine=machine))
+    assert prediction is not None, f"{case.exchange} ran, so it can be predicted"
+    return float(prediction.total.max(axis=1).sum()) * 1e3

@@ -6,9 +6,12 @@ from typing import Any
 
 from anchor_megatron.profiling.simulate import TARGETS
 
-__all__ = ["measured_line", "measured_table", "placement_table", "prediction_table"]
+__all__ = ["PREDICTIONS", "measured_line", "measured_table", "placement_table", "prediction_table"]
 
 Rows = list[dict[str, Any]]
+
+# of measured rows: by the rates known before, and by those fitted to the rows
+PREDICTIONS = ("predicted_ms", "fitted_ms")
 
 
 def placement_table(rows: Rows) -> str:
@@ -75,14 +78,15 @@ def measured_table(rows: Rows) -> str:
 
 _MEASURED_HEADER = (
     f"  CP  heads  window   | {'':<27} attention  exchange  hidden     total  efficiency  balance  received"
-    " | predicted    off"
+    " | predicted    off    fitted    off"
 )
 
 
 def measured_line(row: dict[str, Any]) -> str:
     """A measured row."""
-    predicted = row.get("predicted_ms")
-    off = f"{predicted:>9.2f} {predicted / row['total_ms'] - 1:>+6.1%}" if predicted else ""
+    off = " ".join(
+        f"{row[name]:>9.2f} {row[name] / row['total_ms'] - 1:>+6.1%}" for name in PREDICTIONS if name in row
+    )
     columns = (("attention_ms", 9), ("exchange_ms", 9), ("hidden_ms", 7))
     times = " ".join(_or_dash(row, name, width) for name, width in columns)
     shares = f"{_or_dash(row, 'balance', 8, 3)} {_or_dash(row, 'received', 9, 3)}"
