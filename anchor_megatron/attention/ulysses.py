@@ -89,12 +89,17 @@ class _UlyssesAttention(torch.autograd.Function):
 
 
 class _Heads:
-    """Moves tensors between the two divisions: rows of all heads, heads of all tokens."""
+    """Moves tensors between the two divisions: rows of all heads, heads of all tokens.
+
+    Each tensor travels alone, while the next is packed and the one before laid out; a rank's own part does
+    not travel. Parts lie in the order of `Whole`: the other ranks', then this rank's.
+    """
 
     def __init__(self, q: Tensor, k: Tensor, plan: PlanTensors, group: dist.ProcessGroup | None) -> None:
-        assert plan.whole is not None, "the plan was made for another exchange"
+        assert plan.whole is not None and group is not None, "the plan was made for another exchange"
         self.whole: WholeTensors = plan.whole
-        self.ranks, self.group, self.groups = len(plan.send_counts), group, k.shape[1]
+        self.ranks, self.rank, self.group = len(plan.send_counts), dist.get_rank(group), group
+        self.groups = k.shape[1]
         run = math.gcd(q.shape[1] // self.ranks, q.shape[1] // self.groups)
         self.copies = q.shape[1] // run // self.groups  # of every key/value head, neighbours in what is sent
 
@@ -110,26 +115,44 @@ class _Heads:
         return dx.unflatten(1, (self.groups, self.copies)).sum(dim=2, dtype=wide).to(dx.dtype)
 
     def to_whole(self, *tensors: Tensor) -> list[Tensor]:
-        """[T, C * h, H] each to [S, h, H], tokens in the window's order; one all-to-all for all of them. Its
-        adjoint is `to_rows`.
-        """
-        parts = [x.unflatten(1, (self.ranks, -1)).transpose(0, 1) for x in tensors]
-        sent = torch.cat(parts, dim=2)  # [C, T, heads, H]
-        arrived = self._exchange(sent).flatten(0, 1).index_select(0, self.whole.to_tokens)
-        return [x.contiguous() for x in arrived.split([part.shape[2] for part in parts], dim=1)]
+        """[T, C * h, H] each to [S, h, H], tokens in the window's order. Its adjoint is `to_rows`."""
+        flights = []
+        for x in tensors:
+            *others, own = self._own_last(x.unflatten(1, (self.ranks, -1)).unbind(1))
+            arrived = x.new_empty((self.ranks, *own.shape))
+            arrived[-1] = own
+            flights.append((arrived, self._start(torch.stack(others), arrived[:-1])))
+        return [
+            _landed(arrived, work).flatten(0, 1).index_select(0, self.whole.to_tokens)
+            for arrived, work in flights
+        ]
 
     def to_rows(self, *tensors: Tensor) -> list[Tensor]:
         """[S, h, H] each back to this rank's rows [T, C * h, H]."""
-        joined = torch.cat(tensors, dim=1).index_select(0, self.whole.to_rows)
-        arrived = self._exchange(joined.unflatten(0, (self.ranks, -1)))  # [C, T, heads, H]
-        parts = arrived.split([x.shape[1] for x in tensors], dim=2)
-        return [part.transpose(0, 1).flatten(1, 2) for part in parts]
+        flights = []
+        for x in tensors:
+            rows = x.index_select(0, self.whole.to_rows).unflatten(0, (self.ranks, -1))
+            arrived = torch.empty_like(rows[:-1])
+            flights.append((rows, arrived, self._start(rows[:-1], arrived)))
+        found = []
+        for rows, arrived, work in flights:
+            parts = [*_landed(arrived, work).unbind(0)]
+            parts.insert(self.rank, rows[-1])
+            found.append(torch.cat(parts, dim=1))
+        return found
 
-    def _exchange(self, sent: Tensor) -> Tensor:
-        """An all-to-all of equal parts along the first axis; it is its own adjoint."""
-        sent = sent.contiguous()
-        if self.ranks == 1:
-            return sent
-        arrived = torch.empty_like(sent)
-        dist.all_to_all_single(arrived, sent, group=self.group)
-        return arrived
+    def _own_last(self, parts: tuple[Tensor, ...]) -> list[Tensor]:
+        return [*parts[: self.rank], *parts[self.rank + 1 :], parts[self.rank]]
+
+    def _start(self, leaving: Tensor, arriving: Tensor) -> tuple[dist.Work, Tensor]:
+        """Starts an all-to-all of equal parts [C - 1, ...], which is its own adjoint."""
+        counts = [1] * self.ranks
+        counts[self.rank] = 0
+        work = dist.all_to_all_single(arriving, leaving, counts, counts, group=self.group, async_op=True)
+        assert work is not None, "an asynchronous collective on a member of the group"
+        return work, leaving  # which must live until it has left
+
+
+def _landed(arrived: Tensor, flight: tuple[dist.Work, Tensor]) -> Tensor:
+    flight[0].wait()
+    return arrived

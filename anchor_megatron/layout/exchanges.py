@@ -41,4 +41,4 @@ def plan_exchange(
     plan = make_plan(placement, rank)
     if exchange == "ring":
         return dataclasses.replace(plan, rounds=tuple(make_rounds(placement, rank, rows=ring_rows)))
-    return dataclasses.replace(plan, whole=make_whole(placement))
+    return dataclasses.replace(plan, whole=make_whole(placement, rank))

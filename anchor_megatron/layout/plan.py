@@ -93,10 +93,10 @@ class Round:
 
 @dataclass(frozen=True)
 class Whole:
-    """All S tokens of a micro-batch; the same on every rank.
+    """All S tokens of a micro-batch, for one rank.
 
     cu_seqlens  int32 [D+1]  borders of the documents
-    to_tokens   int64 [S]    where each token lies among all ranks' rows, laid end to end
+    to_tokens   int64 [S]    where each token lies among all ranks' rows, laid end to end, this rank's last
     to_rows     int64 [S]    the token of each such row
     """
 
