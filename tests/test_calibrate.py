@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,8 +11,7 @@ from anchor_megatron.layout.cost import CostModel, LayerShape, Machine, read_mac
 from anchor_megatron.layout.exchanges import EXCHANGES
 from anchor_megatron.layout.placement import place
 from anchor_megatron.profiling.calibrate import calibrate, least_squares
-from anchor_megatron.profiling.measure import Sample
-from anchor_megatron.profiling.predict import predict
+from anchor_megatron.profiling.measure import Case, Sample
 from anchor_megatron.profiling.windows import draw_window
 from anchor_megatron.testing.models import tiny_config
 from anchor_megatron.training.loader import cost_model
@@ -31,8 +29,8 @@ def samples_of(machine: Machine, sizes: tuple[int, ...]) -> list[Sample]:
         cu_seqlens = draw_window(TABLE, tokens=tokens, longest=tokens // 4, seed=seed)
         placement = place("document", cu_seqlens, context_parallel_size=ranks, window_length=tokens)
         for exchange in EXCHANGES if ranks in (2, 4) else ("sparse",):
-            prediction = predict(exchange, placement, CostModel(machine, SHAPE))
-            case = SimpleNamespace(placement=placement, exchange=exchange, shape=SHAPE, ranks=ranks)
+            case = Case("document", placement, exchange, CostModel(shape=SHAPE), ring_rows=256, group=None)
+            prediction = case.predicted(machine)
             each = (one * 1e3 for one in (prediction.attention, prediction.exchange, prediction.total))
             found.append(Sample(case, *each))
     return found

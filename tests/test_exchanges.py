@@ -15,9 +15,10 @@ from test_attention import BOUND, CASES, HEAD_DIM, SCALE, dense, inputs
 from anchor_megatron.attention.execute import planned_attention
 from anchor_megatron.attention.kernels_cpu import TorchCpuKernel
 from anchor_megatron.attention.plan_tensors import plan_arrays, plan_tensors
+from anchor_megatron.layout.cost import CostModel, Machine
 from anchor_megatron.layout.exchanges import plan_exchange
 from anchor_megatron.layout.modes import MODES, attention_cu_seqlens, visible
-from anchor_megatron.layout.placement import PLACEMENTS, Placement, place
+from anchor_megatron.layout.placement import PLACEMENTS, Placement, place, received_rows
 from anchor_megatron.layout.plan import Round, make_plan
 from anchor_megatron.layout.rounds import make_rounds
 from anchor_megatron.testing.ranks import run_ranks
@@ -38,10 +39,13 @@ def arriving(rounds: list[list[Round]], tokens: list[np.ndarray], rank: int, num
 
 
 def met_pairs(placed: Placement, rows: int) -> np.ndarray:
-    """How often every (query, key) pair is met by the local pieces and all rounds of all ranks."""
+    """How often every (query, key) pair is met by the local pieces and all rounds of all ranks, of at most
+    `rows` rows.
+    """
     ranks, size = placed.context_parallel_size, int(placed.cu_seqlens[-1])
     plans = [make_plan(placed, rank) for rank in range(ranks)]
-    rounds = [make_rounds(placed, rank, rows=rows) for rank in range(ranks)]
+    count = -(-int(received_rows(placed).max()) // rows)
+    rounds = [make_rounds(placed, rank, rounds=count) for rank in range(ranks)]
     tokens = [plan.token_index for plan in plans]
     met = np.zeros((size, size), dtype=int)
     assert len({len(own) for own in rounds}) == 1, "all ranks take part in every round"
@@ -49,6 +53,8 @@ def met_pairs(placed: Placement, rows: int) -> np.ndarray:
         for first, end in zip(plan.cu_seqlens_local, plan.cu_seqlens_local[1:], strict=False):
             held = tokens[rank][first:end]
             met[np.ix_(held, held)] += np.tri(end - first, dtype=int)
+        sizes = [arriving(rounds, tokens, rank, number).size for number in range(1, count + 1)]
+        assert max(sizes, default=0) - min(sizes, default=0) <= 1, "rows are not spread over the rounds"
         for number, one in enumerate(rounds[rank]):
             got = arriving(rounds, tokens, rank, number)
             assert got.size <= rows, f"got {got.size} rows in a round, expected at most {rows}"
@@ -76,6 +82,39 @@ def test_every_visible_pair_is_met_once(lengths: list[int], ranks: int, placemen
     borders = np.cumsum([0, *lengths, *[1] * (-sum(lengths) % ranks)]).astype(np.int64)
     placed = place(placement, borders, context_parallel_size=ranks, window_length=int(borders[-1]))
     assert np.array_equal(met_pairs(placed, rows), visible(borders).astype(int))
+
+
+@settings(max_examples=60)
+@given(
+    lengths=st.lists(st.integers(1, 40), min_size=1, max_size=8),
+    placement=st.sampled_from(PLACEMENTS),
+    rows=st.integers(1, 60),
+    ranks_per_node=st.sampled_from([2, 4, None]),
+)
+def test_no_rank_receives_too_much_at_a_time(
+    lengths: list[int], placement: str, rows: int, ranks_per_node: int | None
+) -> None:
+    """And there are rounds only where it would: else the plan is the sparse exchange's."""
+    borders = np.cumsum([0, *lengths, *[1] * (-sum(lengths) % 8)]).astype(np.int64)
+    costs = CostModel(Machine(latency_us=0), ranks_per_node=ranks_per_node)
+    placed = place(placement, borders, context_parallel_size=8, window_length=int(borders[-1]))
+    options = dict(ring_rows=rows, costs=costs)
+    ring, sparse = (
+        [plan_exchange(placed, rank, exchange=exchange, **options) for rank in range(8)]
+        for exchange in ("ring", "sparse")
+    )
+    assert len({len(plan.rounds) for plan in ring}) == 1 and len({plan.relay is None for plan in ring}) == 1
+    if received_rows(placed).max() > rows:
+        at_once = [one.plan for plan in ring for one in plan.rounds]
+        assert all(plan.rounds for plan in ring)
+    else:
+        at_once = ring
+        two_levels = [sum(plan.recv_counts + plan.relay.recv_counts) for plan in sparse if plan.relay]
+        assert (ring[0].relay is None) == (max(two_levels, default=rows + 1) > rows)
+    assert (
+        max(sum(plan.recv_counts + (plan.relay.recv_counts if plan.relay else ())) for plan in at_once)
+        <= rows
+    )
 
 
 def attend_on_rank(

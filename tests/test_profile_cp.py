@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 
 from anchor_megatron.layout.cost import CostModel, LayerShape, Machine, read_machine
+from anchor_megatron.layout.exchanges import EXCHANGES
 from anchor_megatron.layout.placement import PLACEMENTS, balance, place, received_rows
 from anchor_megatron.profiling.clock import slowest, timed
 from anchor_megatron.profiling.predict import predict, seconds_of_one_rank
@@ -109,7 +110,7 @@ def test_every_row_adds_up(simulated: tuple[str, Path]) -> None:
 
 
 def test_simulated_rows_are_means_over_windows() -> None:
-    settings = Settings(TABLE, CostModel(), tokens_per_rank=2048, windows=3)
+    settings = Settings(TABLE, CostModel(), ring_rows=64, tokens_per_rank=2048, windows=3)
     [row] = [one for one in simulate(settings, 4) if "plan_ms" in one]
     windows = [draw_window(TABLE, tokens=8192, longest=2048, seed=seed) for seed in range(3)]
     placements = [place("document", one, context_parallel_size=4, window_length=8192) for one in windows]
@@ -124,7 +125,7 @@ def test_one_rank_has_nothing_but_attention() -> None:
     placement = place("document", cu_seqlens, context_parallel_size=1, window_length=4096)
     alone = seconds_of_one_rank(np.diff(cu_seqlens), costs)
     for exchange in ("sparse", "ring", "ulysses"):
-        prediction = predict(exchange, placement, costs)
+        prediction = predict(exchange, placement, costs, ring_rows=100)
         assert prediction is not None
         assert prediction.total[:, 0] == pytest.approx(alone) and not prediction.received.any()
     everywhere = predict_every_document_everywhere(np.array([4096]), 1, costs)
@@ -133,7 +134,7 @@ def test_one_rank_has_nothing_but_attention() -> None:
 
 def test_ulysses_needs_heads_for_every_rank() -> None:
     placement = place("document", np.array([0, 96]), context_parallel_size=3, window_length=96)
-    assert predict("ulysses", placement, CostModel(shape=SHAPE)) is None
+    assert predict("ulysses", placement, CostModel(shape=SHAPE), ring_rows=100) is None
 
 
 def test_chunks_are_dealt_out_evenly() -> None:
@@ -209,8 +210,8 @@ def test_a_wait_for_another_rank_is_counted_once() -> None:
 def measured_rows(rank: int, world_size: int, table: Path) -> tuple[list[dict], Machine]:
     settings = Sweep(
         lengths=table, workloads=["file"], shapes=[SHAPE], sizes=[1, 2], placements=list(PLACEMENTS),
-        exchanges=["sparse", "ulysses"], tokens_per_rank=256, total_tokens=None, parts=4, repeats=2,
-        device=torch.device("cpu"), before=Machine(), ranks_per_node=None,
+        exchanges=list(EXCHANGES), tokens_per_rank=256, total_tokens=None, parts=4, repeats=2,
+        device=torch.device("cpu"), before=Machine(), ranks_per_node=None, ring_rows=64,
     )  # fmt: skip
     rows, samples = sweep(settings, lambda rows: None)
     return rows, add_predictions(rows, samples, settings)
@@ -221,7 +222,7 @@ def test_measuring_takes_layers_apart(tmp_path: Path) -> None:
     assert rows == other_rows and machine == other_machine
     seen = [(row["ranks"], row["placement"], row["tokens"]) for row in rows]
     assert sorted(seen) == sorted(
-        [(1, "document", 256), (1, "document", 512), *((2, kind, 512) for kind in ("document", *PLACEMENTS))]
+        [(1, "document", n) for n in (256, 512)] + [(2, kind, 512) for kind in ("document", *2 * PLACEMENTS)]
     )
     # a rank's queries, keys, values and outputs of 256 rows, half the heads of each
     [heads] = [row for row in rows if row["exchange"] == "ulysses"]

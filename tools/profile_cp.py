@@ -77,6 +77,7 @@ def parser() -> argparse.ArgumentParser:
         "--heads", nargs="+", default=["32/8"], help="query/key-value heads of a rank (%(default)s)"
     )
     found.add_argument("--head-dim", type=int, default=128, help="(%(default)s)")
+    found.add_argument("--ring-rows", type=int, default=16384, help="rows of a round of ring (%(default)s)")
     found.add_argument("--calibration", type=Path, help="JSON of --measure, whose rates to take")
     found.add_argument("--output", type=Path, default=Path("build/profile_cp"), help="(%(default)s)")
     return found
@@ -110,7 +111,9 @@ def run_simulation(given: argparse.Namespace) -> None:
     """Prints the tables and writes JSON and report."""
     machine = read_machine(given.calibration) if given.calibration else Machine()
     costs = CostModel(machine, shapes(given)[0], given.ranks_per_node)
-    settings = Settings(given.lengths, costs, given.tokens_per_rank, given.windows, given.parts)
+    settings = Settings(
+        given.lengths, costs, given.ring_rows, given.tokens_per_rank, given.windows, given.parts
+    )
     rows: list[dict[str, Any]] = []
     for ranks in given.cp or RANKS:
         rows += simulate(settings, ranks)
@@ -135,7 +138,7 @@ def run_measurement(given: argparse.Namespace) -> None:
     settings = Sweep(
         given.lengths, given.workloads, shapes(given, 2 if device.type == "cuda" else 4), sizes,
         given.placements, given.exchanges, given.tokens_per_rank, given.total_tokens, given.parts,
-        given.repeats, device, before, given.ranks_per_node,
+        given.repeats, device, before, given.ranks_per_node, given.ring_rows,
     )  # fmt: skip
     results = environment() | {"kind": "measure", **described(given, CostModel(before, settings.shapes[0]))}
     results["tokens_per_rank"] = None if given.total_tokens else given.tokens_per_rank
@@ -183,6 +186,7 @@ def described(given: argparse.Namespace, costs: CostModel) -> dict[str, Any]:
         "windows": given.windows,
         "parts": given.parts,
         "ranks_per_node": given.ranks_per_node,
+        "ring_rows": given.ring_rows,
         "shape": asdict(costs.shape),
         "machine": asdict(costs.machine),
     }

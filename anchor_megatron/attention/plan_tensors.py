@@ -116,7 +116,10 @@ class RoundTensors:
 
     def add_to(self, rows: Tensor, values: Tensor) -> None:
         """Adds to the round's rows among all waiting ones."""
-        self.put(rows, self.pick(rows) + values)
+        if self.query_index is None:
+            rows.add_(values)
+        else:
+            self.put(rows, self.pick(rows) + values)
 
 
 @dataclass(frozen=True)

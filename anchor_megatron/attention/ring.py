@@ -35,7 +35,7 @@ from torch import Tensor
 from anchor_megatron.attention.exchange import InFlight, start_exchange, start_exchange_adjoint
 from anchor_megatron.attention.kernels import Kernel
 from anchor_megatron.attention.plan_tensors import PlanTensors, RoundTensors
-from anchor_megatron.attention.rows import add_home, gather_keys
+from anchor_megatron.attention.rows import add_home, gather_keys, mix_rows
 
 __all__ = ["ring_attention"]
 
@@ -146,9 +146,8 @@ class _Merged:
         before = one.pick(self.lse_NW.T).T
         lse_NQ = lse_NQ.to(before.dtype)
         after = torch.logaddexp(before, lse_NQ)
-        shares = [(x - after).exp().T[..., None] for x in (before, lse_NQ)]
-        mixed = one.pick(self.out_WNH) * shares[0] + out_QNH * shares[1]
-        one.put(self.out_WNH, mixed)
+        keep, new = ((x - after).exp() for x in (before, lse_NQ))
+        mix_rows(self.out_WNH, out_QNH, one.query_index, keep_NQ=keep, new_NQ=new)
         one.put(self.lse_NW.T, after.T)
 
 

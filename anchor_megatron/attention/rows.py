@@ -7,7 +7,8 @@ list made on the host (`PlanTensors.gradient_offsets` and `gradient_sources`: fo
 gradients lie), so they are one pass, take no atomics and come out the same bit for bit every time. On a GPU
 each function is one fused kernel (`rows_triton.py`).
 
-Legend: T rows of this rank, R received rows, K gathered keys, S sent rows, G key/value heads, H head dim.
+Legend: T rows of this rank, R received rows, K gathered keys, S sent rows, G key/value heads, H head dim; W
+rows of outputs, of which Q are mixed with others, N query heads.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from torch import Tensor
 
 from anchor_megatron.attention.plan_tensors import PlanTensors
 
-__all__ = ["add_home", "gather_keys", "pack_rows", "sum_received"]
+__all__ = ["add_home", "gather_keys", "mix_rows", "pack_rows", "sum_received"]
 
 
 def pack_rows(
@@ -87,6 +88,20 @@ def add_home(
     for i, own in enumerate((dk_TGH, dv_TGH)):
         total[: plan.local_tokens, i] += own[: plan.local_tokens]
         own.copy_(total[:, i])
+
+
+def mix_rows(
+    out_WNH: Tensor, part_QNH: Tensor, index_Q: Tensor | None, *, keep_NQ: Tensor, new_NQ: Tensor
+) -> None:
+    """Makes rows `index` of `out` (None: all of them, in order) `keep` times what they were and `new` times
+    `part`; `out` and the shares are fp32 at least.
+    """
+    if out_WNH.is_cuda:
+        _triton().mix_rows(out_WNH, part_QNH, index_Q, keep_NQ, new_NQ)
+        return
+    index = slice(None) if index_Q is None else index_Q.long()
+    keep, new = (shares.T[..., None] for shares in (keep_NQ, new_NQ))
+    out_WNH[index] = out_WNH[index] * keep + part_QNH * new
 
 
 def _sum_segments(values: Tensor, offsets: Tensor, sources: Tensor) -> Tensor:

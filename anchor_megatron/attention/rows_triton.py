@@ -2,7 +2,7 @@
 once.
 
 Legend: T rows of this rank, R received rows, K gathered keys, S sent rows, G key/value heads, H head dim; E =
-G * H elements.
+G * H elements. W rows of outputs, of which Q are mixed with others, N query heads.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-__all__ = ["add_home", "gather_keys", "pack_rows", "sum_received"]
+__all__ = ["add_home", "gather_keys", "mix_rows", "pack_rows", "sum_received"]
 
 
 @triton.jit
@@ -63,6 +63,25 @@ def _sum(
         tl.store(out, total.to(out_k.dtype.element_ty), mask=inside)
 
 
+@triton.jit
+def _mix(
+    out, part, index, keep, new, keep_head, keep_row, new_head, new_row,
+    H: tl.constexpr, E: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """out[index[row]] = keep[row] * out[index[row]] + new[row] * part[row]; no index: out[row]."""
+    row = tl.program_id(0).to(tl.int64)
+    to = row
+    if index is not None:
+        to = tl.load(index + row).to(tl.int64)
+    e = tl.arange(0, BLOCK)
+    inside, head = e < E, e // H
+    old_share = tl.load(keep + head * keep_head + row * keep_row, mask=inside)
+    new_share = tl.load(new + head * new_head + row * new_row, mask=inside)
+    old = tl.load(out + to * E + e, mask=inside)
+    added = tl.load(part + row * E + e, mask=inside).to(tl.float32)
+    tl.store(out + to * E + e, old_share * old + new_share * added, mask=inside)
+
+
 def pack_rows(k_TGH: Tensor, v_TGH: Tensor, received_R2GH: Tensor, index_S: Tensor, out_S2GH: Tensor) -> None:
     """See `rows.pack_rows`."""
     _launch_gather(k_TGH, v_TGH, received_R2GH, index_S, out_S2GH[:, 0], out_S2GH[:, 1])
@@ -102,6 +121,19 @@ def add_home(
 ) -> None:
     """See `rows.add_home`; rows below `begun` are added to, the others written."""
     _launch_sum(dkeys_KGH, dvalues_KGH, arrived_S2GH, offsets, sources, (dk_TGH, dv_TGH), begun=begun)
+
+
+def mix_rows(
+    out_WNH: Tensor, part_QNH: Tensor, index_Q: Tensor | None, keep_NQ: Tensor, new_NQ: Tensor
+) -> None:
+    """See `rows.mix_rows`."""
+    assert out_WNH.is_contiguous() and part_QNH.is_contiguous(), "rows must be contiguous"
+    rows, heads, head_dim = part_QNH.shape
+    if rows:
+        _mix[(rows,)](
+            out_WNH, part_QNH, index_Q, keep_NQ, new_NQ, *keep_NQ.stride(), *new_NQ.stride(),
+            H=head_dim, E=heads * head_dim, BLOCK=triton.next_power_of_2(heads * head_dim), num_warps=8,
+        )  # fmt: skip
 
 
 def _launch_gather(

@@ -144,12 +144,12 @@ class AttentionConfig:
     """Which rank holds which tokens: document (balanced, whole documents stay), zigzag or contiguous."""
     exchange: str = "sparse"
     """How keys and values of split documents travel: sparse (one all-to-all of only the needed rows), ring
-    (in rounds, for documents whose keys do not fit at once; partial results are merged in fp32) or ulysses
-    (not at all: an all-to-all gives each rank whole documents for its share of the query heads).
+    (the same in windows where they fit into a round; else in rounds, whose results are merged in fp32) or
+    ulysses (not at all: an all-to-all gives each rank whole documents for its share of the query heads).
     """
     ring_rows: int = 16384
-    """ring: most rows a rank receives in a round. A row is a token's keys and values of one layer, 4 KiB with
-    8 heads of 128 in bf16; those of two rounds and a gathered copy are held at a time.
+    """ring: most rows a rank receives at once. A row is a token's keys and values of one layer, 4 KiB with 8
+    heads of 128 in bf16; those of two rounds and a gathered copy are held at a time.
     """
     ranks_per_node: int | None = None
     """Neighbouring context-parallel ranks of one node, in which split documents stay; null: all in one. What

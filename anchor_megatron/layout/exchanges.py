@@ -1,7 +1,7 @@
 """The ways in which keys and values of split documents travel, and what each needs planned.
 
 sparse    all that a rank waits for at once                 the plan itself, or in two levels
-ring      in rounds of bounded size                         and its rounds
+ring      where that is too much, in rounds                 and its rounds
 ulysses   not at all: heads are exchanged for tokens        and the way to whole documents
 """
 
@@ -11,12 +11,12 @@ import dataclasses
 
 from anchor_megatron.layout.cost import CostModel
 from anchor_megatron.layout.heads import make_whole
-from anchor_megatron.layout.placement import Placement
+from anchor_megatron.layout.placement import Placement, received_rows
 from anchor_megatron.layout.plan import Plan, make_plan
-from anchor_megatron.layout.relay import make_relay, quicker_hops
+from anchor_megatron.layout.relay import Hops, make_relay, quicker_hops
 from anchor_megatron.layout.rounds import make_rounds
 
-__all__ = ["EXCHANGES", "plan_exchange"]
+__all__ = ["EXCHANGES", "plan_exchange", "rounds_and_hops"]
 
 EXCHANGES = ("sparse", "ring", "ulysses")
 
@@ -30,15 +30,38 @@ def plan_exchange(
     costs: CostModel = CostModel(),  # noqa: B008
 ) -> Plan:
     """The plan of `rank` for an exchange; `ring_rows` bounds the rows received in a round of ring, `costs`
-    has the nodes and says whether sparse goes through them in two levels.
+    has the nodes and says whether rows go through them in two levels.
 
-    A function of the placement and these options alone, so that all ranks' plans fit together.
+    A function of the placement and these options alone, so that all ranks' plans fit together. ValueError
+    for `ring_rows` below 1.
     """
     assert exchange in EXCHANGES, f"got exchange {exchange!r}, expected one of {', '.join(EXCHANGES)}"
-    if placement.context_parallel_size == 1 or exchange == "sparse":
-        found = quicker_hops(placement, costs)
-        return make_plan(placement, rank) if found is None else make_relay(placement, rank, found)
-    plan = make_plan(placement, rank)
-    if exchange == "ring":
-        return dataclasses.replace(plan, rounds=tuple(make_rounds(placement, rank, rows=ring_rows)))
-    return dataclasses.replace(plan, whole=make_whole(placement, rank))
+    if exchange == "ulysses" and placement.context_parallel_size > 1:
+        return dataclasses.replace(make_plan(placement, rank), whole=make_whole(placement, rank))
+    rounds, found = rounds_and_hops(
+        placement, ring_rows=ring_rows if exchange == "ring" else None, costs=costs
+    )
+    if rounds:
+        made = make_rounds(placement, rank, rounds=rounds)
+        return dataclasses.replace(make_plan(placement, rank), rounds=tuple(made))
+    return make_plan(placement, rank) if found is None else make_relay(placement, rank, found)
+
+
+def rounds_and_hops(
+    placement: Placement, *, ring_rows: int | None, costs: CostModel
+) -> tuple[int, Hops | None]:
+    """How needed rows travel: in how many rounds, 0 for all at once, and then in which two steps if any.
+
+    No rank receives more than `ring_rows` rows at a time, where that is given: rounds are for windows in
+    which one would, and two steps are not taken where they would make it so.
+    """
+    if ring_rows is not None and ring_rows < 1:
+        raise ValueError(f"rows of a round: got {ring_rows}, expected at least 1")
+    most = int(received_rows(placement).max())
+    if ring_rows is not None and most > ring_rows:
+        return -(-most // ring_rows), None
+    found = quicker_hops(placement, costs)
+    if found is not None and ring_rows is not None:
+        most = int(found.received(placement.context_parallel_size).max())
+        found = found if most <= ring_rows else None
+    return 0, found

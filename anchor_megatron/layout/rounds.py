@@ -1,10 +1,13 @@
-"""The exchange in rounds: no rank receives more than so many rows at once.
+"""The exchange in rounds: each brings a rank an equal part of the rows that it waits for.
 
-One document of 12 tokens on three ranks of 4, rounds of 4 rows; rank 2 waits for 8:
+One document of 12 tokens on three ranks of 4, in two rounds; rank 2 waits for 8 rows:
 
     own       rank 1: 4-7 see 4-7       rank 2: 8-11 see 8-11
-    round 1   rank 1: 4-7 see 0-3       rank 2: 8-11 see 4-7     (from the rank before, as in a ring)
-    round 2                             rank 2: 8-11 see 0-3
+    round 1   rank 1: 4-7 see 0-1       rank 2: 8-11 see 4-7     (from the rank before, as in a ring)
+    round 2   rank 1: 4-7 see 2-3       rank 2: 8-11 see 0-3
+
+Ranks set out on a round together. So rows are spread over all rounds: a rank whose work lay in the first ones
+would keep others waiting that have as much in all.
 
 In the own round a waiting piece sees those of its document's rows that its rank holds, up to itself. In every
 further round it sees all rows of its document that have arrived; they lie before it. Each round is a `Plan`
@@ -33,23 +36,18 @@ class _Arrivals:
     number: np.ndarray
 
 
-def make_rounds(placement: Placement, rank: int, *, rows: int) -> list[Round]:
-    """The own round of `rank` and as many further ones as any rank needs, of at most `rows` received rows
-    each.
+def make_rounds(placement: Placement, rank: int, *, rounds: int) -> list[Round]:
+    """The own round of `rank`, and `rounds` further ones.
 
-    A function of the placement and `rows` alone, so that all ranks' rounds fit together. ValueError for
-    `rows` below 1.
+    A function of the placement and `rounds` alone, so that all ranks' rounds fit together.
     """
-    if rows < 1:
-        raise ValueError(f"rows of a round: got {rows}, expected at least 1")
     ranks = placement.context_parallel_size
     plans = [make_plan(placement, other) for other in range(ranks)]
-    arrivals = [_arrivals(plans, other, rows) for other in range(ranks)]
+    arrivals = [_arrivals(plans, other, rounds) for other in range(ranks)]
     whole = plans[rank]
-    last = max((int(one.number.max(initial=0)) for one in arrivals), default=0)
     own = whole.token_index
-    rounds = [_round(placement, whole, own, np.arange(own.size), up_to_itself=True)]
-    for number in range(1, last + 1):
+    made_rounds = [_round(placement, whole, own, np.arange(own.size), up_to_itself=True)]
+    for number in range(1, rounds + 1):
         mine = arrivals[rank].number == number
         arriving = arrivals[rank].tokens[mine]
         made = _round(placement, whole, arriving, own.size + np.arange(arriving.size), up_to_itself=False)
@@ -62,13 +60,13 @@ def make_rounds(placement: Placement, rank: int, *, rows: int) -> list[Round]:
             send_counts=tuple(one.size for one in sent),
             recv_counts=tuple(np.bincount(arrivals[rank].source[mine], minlength=ranks).tolist()),
         )
-        rounds.append(Round(transfers, made.query_index))
-    return rounds
+        made_rounds.append(Round(transfers, made.query_index))
+    return made_rounds
 
 
-def _arrivals(plans: list[Plan], rank: int, rows: int) -> _Arrivals:
+def _arrivals(plans: list[Plan], rank: int, rounds: int) -> _Arrivals:
     """What `rank` receives: the nearest rank before it first, as keys close to a query matter to most of its
-    pieces, and cut into rounds of `rows`.
+    pieces, and spread evenly over the rounds.
     """
     tokens, source = [], []
     for step in range(1, len(plans)):
@@ -80,7 +78,7 @@ def _arrivals(plans: list[Plan], rank: int, rows: int) -> _Arrivals:
         source.append(np.full(sent.size, other))
     empty = [np.zeros(0, dtype=np.int64)]
     joined, sources = np.concatenate(tokens or empty), np.concatenate(source or empty)
-    number = 1 + np.arange(joined.size) // rows
+    number = 1 + np.arange(joined.size) * rounds // max(1, joined.size)
     order = np.lexsort((sources, number))  # an all-to-all delivers by source
     return _Arrivals(joined[order], sources[order], number[order])
 

@@ -17,10 +17,10 @@ from typing import Any
 import numpy as np
 
 from anchor_megatron.layout.cost import CostModel, Machine, tiled
-from anchor_megatron.layout.exchanges import EXCHANGES
+from anchor_megatron.layout.exchanges import EXCHANGES, rounds_and_hops
 from anchor_megatron.layout.placement import Placement, placement_traffic
-from anchor_megatron.profiling.measure import Sample
-from anchor_megatron.profiling.predict import predict, row_seconds
+from anchor_megatron.profiling.measure import Case, Sample
+from anchor_megatron.profiling.predict import row_seconds
 
 __all__ = ["calibrate", "least_squares"]
 
@@ -37,9 +37,13 @@ def calibrate(samples: list[Sample], before: CostModel) -> Machine:
         machine = _fit_exchange(shared["sparse"], machine)
         machine = _fit_contention(shared["sparse"], machine)
     for kind, name in (("ring", "merge_gb_per_s"), ("ulysses", "heads_gb_per_s")):
-        if own := [one for one in shared[kind] if kind == "ulysses" or _receives(one)]:
+        if own := [one for one in shared[kind] if kind == "ulysses" or _in_rounds(one.case)]:
             machine = _fit_rate(own, machine, name)
     return machine
+
+
+def _in_rounds(case: Case) -> bool:
+    return rounds_and_hops(case.placement, ring_rows=case.ring_rows, costs=case.costs)[0] > 0
 
 
 def _receives(sample: Sample) -> bool:
@@ -134,10 +138,4 @@ def _measured(samples: list[Sample]) -> np.ndarray:
 
 def _totals(samples: list[Sample], machine: Machine) -> np.ndarray:
     """As `_measured`, predicted."""
-    found = []
-    for sample in samples:
-        case = sample.case
-        prediction = predict(case.exchange, case.placement, CostModel(machine, case.shape))
-        assert prediction is not None, f"{case.exchange} ran, so it can be predicted"
-        found.append(prediction.total.max(axis=1))
-    return np.concatenate(found)
+    return np.concatenate([sample.case.predicted(machine).total.max(axis=1) for sample in samples])

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -29,11 +29,11 @@ from torch import Tensor
 from anchor_megatron.attention.execute import planned_attention
 from anchor_megatron.attention.kernels import Kernel
 from anchor_megatron.attention.plan_tensors import PackedArrays, plan_arrays, plan_tensors
-from anchor_megatron.layout.cost import CostModel, LayerShape
+from anchor_megatron.layout.cost import CostModel, LayerShape, Machine
 from anchor_megatron.layout.exchanges import plan_exchange
 from anchor_megatron.layout.placement import Placement, balance
 from anchor_megatron.profiling.clock import slowest, timed
-from anchor_megatron.profiling.predict import ROUND_BYTES, predict
+from anchor_megatron.profiling.predict import Prediction, predict
 from anchor_megatron.profiling.stand_ins import NoAttention, Remembered
 
 __all__ = ["Case", "Sample", "groups_by_size", "measure", "measure_total"]
@@ -43,14 +43,15 @@ Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Case:
-    """A window, placed as `kind` says by `costs`. `group` holds this rank and the others; None: it is
-    alone.
+    """A window, placed as `kind` says by `costs`, and the most rows of a round of `ring`. `group` holds this
+    rank and the others; None: it is alone.
     """
 
     kind: str
     placement: Placement
     exchange: str
     costs: CostModel
+    ring_rows: int
     group: dist.ProcessGroup | None
 
     @property
@@ -67,6 +68,13 @@ class Case:
     def rank(self) -> int:
         """This rank's number among them."""
         return dist.get_rank(self.group) if self.group is not None else 0
+
+    def predicted(self, machine: Machine) -> Prediction:
+        """The prediction by a machine's rates."""
+        costs = replace(self.costs, machine=machine)
+        found = predict(self.exchange, self.placement, costs, ring_rows=self.ring_rows)
+        assert found is not None, f"{self.exchange} runs on {self.ranks} ranks, so it can be predicted"
+        return found
 
 
 @dataclass(frozen=True)
@@ -136,8 +144,9 @@ def measure_total(
 
 
 def _attention(case: Case, kernel: Any, device: torch.device) -> Attention:
-    rows = ROUND_BYTES // case.shape.row_bytes
-    plan = plan_exchange(case.placement, case.rank, exchange=case.exchange, ring_rows=rows, costs=case.costs)
+    plan = plan_exchange(
+        case.placement, case.rank, exchange=case.exchange, ring_rows=case.ring_rows, costs=case.costs
+    )
     tensors = plan_tensors(plan, PackedArrays.pack(plan_arrays(plan)).to(device))
     return partial(
         planned_attention, plan=tensors, kernel=kernel, scale=case.shape.head_dim**-0.5, group=case.group
@@ -185,9 +194,8 @@ def _row(case: Case, alone: np.ndarray, exchange: np.ndarray, total: np.ndarray)
     forward, backward = slowest(total).tolist()
     attention, transfer = (float(slowest(figures).sum()) for figures in (alone, exchange))
     tokens = int(case.placement.cu_seqlens[-1])
-    predicted = predict(case.exchange, case.placement, case.costs)
-    assert predicted is not None, f"{case.exchange} ran, so it can be predicted"
-    received = float(predicted.received.max())  # as rows: ulysses moves queries and outputs too
+    # as rows: ulysses moves queries and outputs too
+    received = float(case.predicted(case.costs.machine).received.max())
     by_rank = np.median(alone.sum(axis=2), axis=1)
     return {
         "forward_ms": forward,

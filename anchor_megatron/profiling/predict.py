@@ -17,13 +17,12 @@ from dataclasses import dataclass
 import numpy as np
 
 from anchor_megatron.layout.cost import CostModel
-from anchor_megatron.layout.placement import Placement, placement_traffic, received_rows
-from anchor_megatron.layout.relay import Hops, quicker_hops, wire_seconds
+from anchor_megatron.layout.exchanges import rounds_and_hops
+from anchor_megatron.layout.placement import Placement, placement_traffic
+from anchor_megatron.layout.relay import Hops, wire_seconds
 from anchor_megatron.layout.traffic import Traffic
 
 __all__ = ["Prediction", "predict", "predict_one_level", "seconds_of_one_rank"]
-
-ROUND_BYTES = 64 * 2**20  # keys and values of one round of `ring`
 
 
 @dataclass(frozen=True)
@@ -45,18 +44,18 @@ class Prediction:
     two_levels: bool = False
 
 
-def predict(exchange: str, placement: Placement, costs: CostModel) -> Prediction | None:
+def predict(exchange: str, placement: Placement, costs: CostModel, *, ring_rows: int) -> Prediction | None:
     """The prediction for an exchange; None where it cannot run on so many ranks.
 
     `sparse` sends all needed rows at once, or to every node once and on from there where that is quicker,
-    `ring` in rounds of at most ROUND_BYTES whose outputs are merged, `ulysses` exchanges heads for rows.
+    `ring` the same, but more than `ring_rows` in rounds whose outputs are merged, `ulysses` exchanges heads
+    for rows.
     """
     if exchange == "ulysses":
         return _ulysses(placement, costs)
-    if exchange == "sparse":
-        return _rows_travel(placement, costs, found=quicker_hops(placement, costs))
-    received = int(received_rows(placement).max())
-    return _rows_travel(placement, costs, rounds=-(-received * costs.shape.row_bytes // ROUND_BYTES))
+    most = ring_rows if exchange == "ring" else None
+    rounds, found = rounds_and_hops(placement, ring_rows=most, costs=costs)
+    return _rows_travel(placement, costs, rounds=rounds, found=found)
 
 
 def predict_one_level(placement: Placement, costs: CostModel) -> Prediction:

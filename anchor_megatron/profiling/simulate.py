@@ -40,10 +40,13 @@ TARGETS: dict[int, tuple[float, float | None, float, float | None]] = {
 
 @dataclass(frozen=True)
 class Settings:
-    """What to simulate; documents are cut at `1 / parts` of a window."""
+    """What to simulate; documents are cut at `1 / parts` of a window, a round of `ring` brings at most
+    `ring_rows` rows.
+    """
 
     lengths: Path
     costs: CostModel
+    ring_rows: int
     tokens_per_rank: int = 16384
     windows: int = 20
     parts: int = 4
@@ -83,11 +86,12 @@ def _cases(settings: Settings, cu_seqlens: np.ndarray, ranks: int) -> Iterator[R
         started = time.process_time()
         placement = _placed(kind, cu_seqlens, ranks, costs)
         if kind == "document":  # any rank's plan is as quick as another's
-            plan_exchange(placement, ranks - 1, exchange="sparse", ring_rows=1, costs=costs)
+            plan_exchange(placement, ranks - 1, exchange="sparse", ring_rows=settings.ring_rows, costs=costs)
         milliseconds = (time.process_time() - started) * 1e3
         for exchange in EXCHANGES if kind == "document" else EXCHANGES[:1]:
             level = exchange == "ulysses"  # heads are divided, whatever the placement
-            found = figures(predict(exchange, placement, costs), None if level else placement)
+            prediction = predict(exchange, placement, costs, ring_rows=settings.ring_rows)
+            found = figures(prediction, None if level else placement)
             if found and (kind, exchange) == ("document", "sparse"):
                 found |= {"plan_ms": milliseconds} | _bounds(placement, settings.tokens_per_rank)
             yield {"name": "ours", "placement": kind, "exchange": exchange}, found
@@ -118,7 +122,8 @@ def _best_chunks(
     for chunk in CHUNK_SIZES:
         if settings.tokens_per_rank % chunk == 0:
             placement = place_chunks(cu_seqlens, ranks, chunk)
-            found.append(figures(predict("sparse", placement, settings.costs), placement))
+            prediction = predict("sparse", placement, settings.costs, ring_rows=settings.ring_rows)
+            found.append(figures(prediction, placement))
     return min((one for one in found if one), key=lambda one: one["total_ms"], default=None)
 
 

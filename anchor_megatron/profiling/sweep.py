@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from anchor_megatron.layout.cost import CostModel, LayerShape, Machine
 from anchor_megatron.layout.placement import Placement, place
 from anchor_megatron.profiling.calibrate import calibrate
 from anchor_megatron.profiling.measure import Case, Sample, groups_by_size, measure, measure_total
-from anchor_megatron.profiling.predict import predict
+from anchor_megatron.profiling.table import PREDICTIONS
 from anchor_megatron.profiling.windows import draw_window
 from anchor_megatron.testing.lengths import workload_lengths
 
@@ -45,6 +45,7 @@ class Sweep:
     device: torch.device
     before: Machine  # whose rates places documents, and stays where nothing is measured
     ranks_per_node: int | None
+    ring_rows: int
 
     def borders(self, workload: str, ranks: int) -> np.ndarray:
         """Document borders of a workload's window."""
@@ -102,13 +103,13 @@ def _cases(
         return place(kind, cu_seqlens, context_parallel_size=ranks, window_length=tokens, costs=costs)
 
     if tokens not in alone:
-        yield Case("document", placed("document", 1), "sparse", costs, None)
+        yield Case("document", placed("document", 1), "sparse", costs, settings.ring_rows, None)
     if size == 1:
         return
     for kind in settings.placements:
         for exchange in settings.exchanges:
             if exchange != "ulysses" or (kind == settings.placements[0] and shape.heads % size == 0):
-                yield Case(kind, placed(kind, size), exchange, costs, groups[size])
+                yield Case(kind, placed(kind, size), exchange, costs, settings.ring_rows, groups[size])
 
 
 def _measured(settings: Sweep, case: Case) -> tuple[dict[str, Any], Sample]:
@@ -148,13 +149,6 @@ def add_predictions(rows: list[dict[str, Any]], samples: list[Sample], settings:
     machine = calibrate(samples, CostModel(settings.before, ranks_per_node=settings.ranks_per_node))
     ours = [row for row in rows if row["name"] == "ours"]
     for row, sample in zip(ours, samples, strict=True):
-        row["predicted_ms"] = _predicted(sample.case, settings.before)
-        row["fitted_ms"] = _predicted(sample.case, machine)
+        for name, rates in zip(PREDICTIONS, (settings.before, machine), strict=True):
+            row[name] = float(sample.case.predicted(rates).total.max(axis=1).sum()) * 1e3
     return machine
-
-
-def _predicted(case: Case, machine: Machine) -> float:
-    """Milliseconds of a measured case."""
-    prediction = predict(case.exchange, case.placement, replace(case.costs, machine=machine))
-    assert prediction is not None, f"{case.exchange} ran, so it can be predicted"
-    return float(prediction.total.max(axis=1).sum()) * 1e3

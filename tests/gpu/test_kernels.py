@@ -177,6 +177,19 @@ def test_fused_row_movements_equal_the_plain_ones() -> None:
             torch.testing.assert_close(ours.cpu(), theirs, atol=0.04, rtol=0.01)
 
 
+def test_fused_mixing_equals_the_plain_one() -> None:
+    """All rows in order, and some of them in none."""
+    part = random_rows(300, HEADS, 1)
+    keep, new = (torch.rand(300, HEADS, device="cuda").T for _ in range(2))  # strided, as the merge has them
+    for index in (None, torch.randperm(500, device="cuda")[:300].int()):
+        out = random_rows(300 if index is None else 500, HEADS, 2, torch.float32)
+        plain = out.cpu()
+        rows.mix_rows(out, part, index, keep_NQ=keep, new_NQ=new)
+        there = None if index is None else index.cpu()
+        rows.mix_rows(plain, part.cpu(), there, keep_NQ=keep.cpu(), new_NQ=new.cpu())
+        torch.testing.assert_close(out.cpu(), plain, atol=1e-6, rtol=1e-6)
+
+
 def rows_of_both(count: int) -> torch.Tensor:
     """Keys and values, or their gradients, [count, 2, G, H]."""
     return torch.randn(count, 2, GROUPS, HEAD_DIM, device="cuda").bfloat16()
