@@ -42,7 +42,7 @@ def on_rank(rank: int, world_size: int, words: list[str], broken: bool) -> tuple
 
 @pytest.mark.parametrize(("precision", "bound"), [("fp32", 1e-6), ("bf16", 0.02)])
 def test_every_exchange_says_what_one_rank_says(precision: str, bound: float, tmp_path: Path) -> None:
-    words = ["--tokens", "256", "--precision", precision, "--ring-rows", "50"]
+    words = ["--tokens", "256", "--precision", precision, "--ring-rows", "10"]
     words += ["--output", str(tmp_path / "out"), "--bound", str(bound)]
     (status, printed), *_ = run_ranks(4, on_rank, words, False)
     rows = json.loads((tmp_path / "out").read_text())["rows"]

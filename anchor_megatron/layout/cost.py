@@ -48,8 +48,8 @@ class Machine:
     between_gb_per_s: float = 45.0
     latency_us: float = 30.0
     memory_gb_per_s: float = 2000.0
-    merge_gb_per_s: float = 300.0
-    heads_gb_per_s: float = 120.0
+    merge_gb_per_s: float = 890.0
+    heads_gb_per_s: float = 176.0
     contention: float = 0.3
 
 
