@@ -1,5 +1,5 @@
-"""The exchange in two levels: rows cross to a node once, reach whoever needs them, and their gradients come
-home; what is attended to is what one level brings.
+"""The exchange in two levels: rows cross to a node, or to a group of ranks of one node, once, reach whoever
+needs them, and their gradients come home; what is attended to is what one level brings.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from anchor_megatron.layout.cost import CostModel, Machine
 from anchor_megatron.layout.exchanges import plan_exchange
 from anchor_megatron.layout.placement import PLACEMENTS, Placement, place, placement_traffic
 from anchor_megatron.layout.plan import Plan, Relay, make_plans
-from anchor_megatron.layout.relay import hops, make_relay, wire_seconds
+from anchor_megatron.layout.relay import group_sizes, hops, make_relay, wire_seconds
 from anchor_megatron.testing.ranks import run_ranks
 
 SLOW = Machine(between_gb_per_s=0.01, latency_us=0)  # every row that need not cross is worth an all-to-all
@@ -92,8 +92,12 @@ def test_the_quicker_way_is_taken(topology: tuple[np.ndarray, int, int], kind: s
         plan_exchange(placement, rank, exchange="sparse", ring_rows=1, costs=costs) for rank in range(ranks)
     ]
     moved = placement_traffic(placement, ranks_per_node=per_node)
-    one, two = (wire_seconds(moved, way, costs).max() for way in (None, hops(placement, per_node)))
-    assert [plan.relay is not None for plan in plans] == [bool(ranks > per_node and two < one)] * ranks
+    sizes = group_sizes(ranks, per_node)
+    assert sizes == [per_node] if per_node < ranks else all(ranks % size == 0 for size in sizes)
+    one, *two = (
+        wire_seconds(moved, way, costs).max() for way in (None, *(hops(placement, n) for n in sizes))
+    )
+    assert [plan.relay is not None for plan in plans] == [min(two, default=one) < 0.9 * one] * ranks
 
 
 def nodes_on_rank(
@@ -124,7 +128,7 @@ def nodes_on_rank(
 CASES = [(48,), (30, 18), (1, 40, 7), (12, 12, 12, 12), (3, 2, 25, 18)]
 
 
-@pytest.mark.parametrize(("world_size", "per_node"), [(4, (2, 1)), (3, (1,)), (6, (3, 2))])
+@pytest.mark.parametrize(("world_size", "per_node"), [(4, (4, 2, 1)), (3, (1,)), (6, (6, 3, 2))])
 def test_two_levels_equal_the_dense_oracle(world_size: int, per_node: tuple[int, ...]) -> None:
     cases = [(borders_of(*one), kind, near) for one in CASES for kind in PLACEMENTS for near in per_node]
     per_rank = run_ranks(world_size, nodes_on_rank, cases, torch.float64)

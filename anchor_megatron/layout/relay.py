@@ -1,16 +1,20 @@
-"""The two-level form of the exchange: a row crosses to a node once, and is handed on inside it.
+"""The two-level form of the exchange: a row crosses to a group of ranks once, and is handed on inside it.
 
-One document of 8 tokens on four ranks, two a node; ranks 2 and 3 both need tokens 0-3 of the other node:
+One document of 8 tokens on four ranks, groups of two; ranks 2 and 3 both need tokens 0-3 of the other group:
 
     rank       0            1            2                3
     holds      0 1          2 3          4 5              6 7
     between    0 1 to 2     2 3 to 3                                  4 rows cross; in one level 8
     inside     0 1 to 1                  0 1 4 5 to 3     2 3 to 2
 
-*Between*: of all rows that a node needs from others, in order of source and token, each of its ranks takes
+*Between*: of all rows that a group needs from others, in order of source and token, each of its ranks takes
 an equal share, so that the work is level over their links. *Inside*: every rank passes its own rows and its
-share to those of its node that need them. Either step is one all-to-all over all ranks, most of whose parts
+share to those of its group that need them. Either step is one all-to-all over all ranks, most of whose parts
 are empty.
+
+On several nodes the groups are the nodes: fewer rows take the slow way between them. On one node they are
+neighbours, as many as suit: whoever holds the early tokens of a long document, which all its ranks need,
+sends them to every group instead of every rank, and the others send them on.
 
 The way that is quicker by the cost model is taken. It is a function of the placement and the costs alone, so
 that all ranks take the same.
@@ -28,7 +32,10 @@ from anchor_megatron.layout.placement import Placement, placement_traffic
 from anchor_megatron.layout.plan import Plan, Relay, make_plan, ranges
 from anchor_megatron.layout.traffic import Traffic
 
-__all__ = ["Hops", "hops", "make_relay", "quicker_hops", "wire_seconds"]
+__all__ = ["Hops", "group_sizes", "hops", "make_relay", "quicker_hops", "wire_seconds"]
+
+
+_WORTH = 0.9  # of one step's time: two read and write more, and round gradients once more
 
 
 @dataclass(frozen=True)
@@ -75,8 +82,8 @@ class Hops:
         return self.between.received(ranks) + self.inside.received(ranks)
 
 
-def hops(placement: Placement, ranks_per_node: int) -> Hops:
-    """The two steps for nodes of so many neighbouring ranks."""
+def hops(placement: Placement, size: int) -> Hops:
+    """The two steps for groups of so many neighbouring ranks."""
     split = placement.start != placement.cu_seqlens[placement.document]
     documents = np.unique(placement.document[split])
     pieces = np.flatnonzero(np.isin(placement.document, documents))
@@ -84,25 +91,25 @@ def hops(placement: Placement, ranks_per_node: int) -> Hops:
     # the last piece of every (rank, document): a rank needs those before it that it does not hold
     last = np.full((placement.context_parallel_size, documents.size), -1, dtype=np.int64)
     np.maximum.at(last, (placement.rank[pieces], document), pieces)
-    between = _between(placement, pieces, document, last, ranks_per_node)
-    return Hops(between, _inside(placement, pieces, documents, last, between, ranks_per_node))
+    between = _between(placement, pieces, document, last, size)
+    return Hops(between, _inside(placement, pieces, documents, last, between, size))
 
 
 def _between(
     placement: Placement, pieces: np.ndarray, document: np.ndarray, last: np.ndarray, near: int
 ) -> _Runs:
-    """Every row that a node needs and does not hold, to one of its ranks; by node, source and token."""
+    """Every row that a group needs and does not hold, to one of its ranks; by group, source and token."""
     holder = placement.rank[pieces]
-    node_last = last.reshape(last.shape[0] // near, near, last.shape[1]).max(axis=1)
-    needs = node_last[:, document] > pieces[None, :]
+    group_last = last.reshape(last.shape[0] // near, near, last.shape[1]).max(axis=1)
+    needs = group_last[:, document] > pieces[None, :]
     needs[holder // near, np.arange(pieces.size)] = False
     order = np.argsort(holder, kind="stable")
-    node, which = np.nonzero(needs[:, order])
+    group, which = np.nonzero(needs[:, order])
     piece = pieces[order[which]]
-    # all nodes' rows end to end; those of a node are cut into a share for each of its ranks
+    # all groups' rows end to end; those of a group are cut into a share for each of its ranks
     rows = placement.stop[piece] - placement.start[piece]
     ends = np.cumsum(rows)
-    total = np.bincount(node, weights=rows, minlength=node_last.shape[0]).astype(np.int64)
+    total = np.bincount(group, weights=rows, minlength=group_last.shape[0]).astype(np.int64)
     shares = (np.cumsum(total) - total)[:, None] + total[:, None] * np.arange(1, near + 1) // near
     cuts = np.union1d(ends, shares[shares > 0])
     begins = np.concatenate([[0], cuts])[:-1]
@@ -120,7 +127,7 @@ def _inside(
     between: _Runs,
     near: int,
 ) -> _Runs:
-    """Own rows and those of the first step, from who has them to every other rank of the node that needs
+    """Own rows and those of the first step, from who has them to every other rank of the group that needs
     them; by source, receiver and token.
     """
     piece = np.concatenate([pieces, between.piece])
@@ -128,8 +135,7 @@ def _inside(
     stop = np.concatenate([placement.stop[pieces], between.stop])
     source = np.concatenate([placement.rank[pieces], between.to])
     document = np.searchsorted(documents, placement.document[piece])
-    node = source // near * near
-    to = node[:, None] + np.arange(near)[None, :]
+    to = (source // near * near)[:, None] + np.arange(near)[None, :]
     wants = (last[to, document[:, None]] > piece[:, None]) & (to != source[:, None])
     which, column = np.nonzero(wants)
     found = _Runs(piece[which], start[which], stop[which], source[which], to[which, column])
@@ -172,23 +178,34 @@ def make_relay(placement: Placement, rank: int, found: Hops) -> Plan:
 
 
 def quicker_hops(placement: Placement, costs: CostModel) -> Hops | None:
-    """The two steps where they are quicker than one by the cost model; None where they are not."""
-    near = costs.ranks_per_node or placement.context_parallel_size
-    if near >= placement.context_parallel_size:
-        return None
+    """The quickest two steps by the cost model; None where one takes no more than a tenth longer."""
+    ranks = placement.context_parallel_size
+    near = min(costs.ranks_per_node or ranks, ranks)
     moved = placement_traffic(placement, ranks_per_node=near)
-    if not moved.crossing.any():
+    if not (moved.crossing if near < ranks else moved.received).any():
         return None
-    found = hops(placement, near)
-    one, two = wire_seconds(moved, None, costs), wire_seconds(moved, found, costs)
-    return found if two.max() < one.max() else None
+    quickest, least = None, _WORTH * wire_seconds(moved, None, costs).max()
+    for size in group_sizes(ranks, near):
+        found = hops(placement, size)
+        if (taken := wire_seconds(moved, found, costs).max()) < least:
+            quickest, least = found, taken
+    return quickest
+
+
+def group_sizes(ranks: int, ranks_per_node: int) -> list[int]:
+    """Ranks of a group: a node's; on one node, divisors of all ranks, from half their root to twice it: with
+    few groups the second step is long, with many the first.
+    """
+    if ranks_per_node < ranks:
+        return [ranks_per_node]
+    return [n for n in range(2, ranks) if ranks % n == 0 and ranks <= 4 * n * n <= 16 * ranks]
 
 
 def wire_seconds(moved: Traffic, found: Hops | None, costs: CostModel) -> np.ndarray:
     """Seconds float64 [ranks] that the rows of every rank take one way: each row to every rank that needs it,
     or in the two steps `found`.
     """
-    ranks = moved.received.size
+    ranks, several_nodes = moved.received.size, moved.crossing.any()
     latency = costs.machine.latency_us / 1e6 * (ranks > 1)
     if found is None:
         crossing = np.maximum(moved.crossing, moved.crossing_sent)
@@ -196,4 +213,5 @@ def wire_seconds(moved: Traffic, found: Hops | None, costs: CostModel) -> np.nda
     between, inside = (
         np.maximum(step.sent(ranks), step.received(ranks)) for step in (found.between, found.inside)
     )
-    return 2 * latency + costs.transfer_seconds(between, between) + costs.transfer_seconds(inside)
+    first = costs.transfer_seconds(between, between if several_nodes else 0)
+    return 2 * latency + first + costs.transfer_seconds(inside)

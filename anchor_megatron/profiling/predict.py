@@ -32,7 +32,7 @@ class Prediction:
     received, sent       rows of keys and values, or as many bytes, float64 [ranks], in the forward pass,
                          those handed on in a node too
     moved                what ranks need of each other; None where it does not follow documents
-    two_levels           rows cross to a node once and are handed on there
+    two_levels           rows go to a node, or a group of ranks of one, once and are handed on there
     """
 
     attention: np.ndarray

@@ -66,21 +66,24 @@ def _simulated(results: dict[str, Any]) -> str:
             "Green: at or below the target.</p>",
             _placement_rows(rows),
             "<h2>Predicted milliseconds of one layer, forward and backward</h2>",
-            *_on_nodes(rows),
+            *_levels(rows),
             _prediction_rows(rows),
         ]
     )
 
 
-def _on_nodes(rows: Rows) -> list[str]:
-    """What the columns on nodes mean, if there are any."""
-    if not any("two_levels" in row for row in rows):
-        return []
-    return [
-        "<p class='small'>Across: megabytes of keys and values that the mean rank receives from other nodes, "
-        "each row to every rank that needs it (one level) or to a node once (two levels). Two levels: share "
-        "of the windows in which they are the quicker way and so the one taken.</p>"
+def _levels(rows: Rows) -> list[str]:
+    """What the columns on levels mean, and on nodes if there are any."""
+    lines = [
+        "<p class='small'>Two levels: share of the windows in which rows go to a node, or to a group of "
+        "ranks of one node, once and are handed on there, as that is quicker.</p>"
     ]
+    if any("across_one_level_mb" in row for row in rows):
+        lines.append(
+            "<p class='small'>Across: megabytes of keys and values that the mean rank receives from other "
+            "nodes in one level and in two.</p>"
+        )
+    return lines
 
 
 def _measured(results: dict[str, Any]) -> str:
@@ -174,10 +177,10 @@ def _against(value: float, target: float | None, digits: int) -> str:
 def _prediction_rows(rows: Rows) -> str:
     columns = {
         "attention_ms": 2, "exchange_ms": 2, "not_hidden_ms": 2, "total_ms": 2, "efficiency": 3, "balance": 3,
-        "received": 3, "sent": 3,
+        "received": 3, "sent": 3, "two_levels": 2,
     }  # fmt: skip
     if any("across_one_level_mb" in row for row in rows):
-        columns |= {"across_one_level_mb": 1, "across_two_levels_mb": 1, "two_levels": 2}
+        columns |= {"across_one_level_mb": 1, "across_two_levels_mb": 1}
     return _rows_with(columns, rows)
 
 

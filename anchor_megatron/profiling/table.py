@@ -43,25 +43,25 @@ def prediction_table(rows: Rows) -> str:
     """What every placement and exchange takes, ours and others', a line each."""
     crossing = any("across_one_level_mb" in row for row in rows)
     lines = [
-        f"  CP | {'':<40} attention  exchange  not hidden     total  efficiency  received   sent"
-        + ("  MB across: one level  two levels  taken" if crossing else "")
+        f"  CP | {'':<40} attention  exchange  not hidden     total  efficiency  received   sent  two levels"
+        + ("  MB across: one level  two levels" if crossing else "")
     ]
     for row in rows:
         name = label(row)
         lines.append(
             f"{row['ranks']:>4} | {name:<40} {row['attention_ms']:>9.2f} {row['exchange_ms']:>9.2f} "
             f"{row['not_hidden_ms']:>11.2f} {row['total_ms']:>9.2f} {row['efficiency']:>11.1%} "
-            f"{row['received']:>9.3f} {row['sent']:>6.3f}" + _across(row)
+            f"{row['received']:>9.3f} {row['sent']:>6.3f}" + _levels(row)
         )
     return "\n".join(lines)
 
 
-def _across(row: dict[str, Any]) -> str:
-    """Megabytes that cross nodes in either form, and the share of windows in which two levels are taken."""
+def _levels(row: dict[str, Any]) -> str:
+    """The share of windows in which two levels are taken, and megabytes that cross nodes in either form."""
+    taken = f"{row['two_levels']:>12.0%}" if "two_levels" in row else ""
     if "across_one_level_mb" not in row:
-        return ""
-    one, two = row["across_one_level_mb"], row["across_two_levels_mb"]
-    return f"  {one:>20.1f} {two:>11.1f} {row['two_levels']:>6.0%}"
+        return taken
+    return f"{taken}  {row['across_one_level_mb']:>20.1f} {row['across_two_levels_mb']:>11.1f}"
 
 
 def label(row: dict[str, Any]) -> str:
