@@ -16,8 +16,8 @@ from torch import Tensor
 from anchor_megatron.attention.execute import planned_attention
 from anchor_megatron.attention.kernels import Kernel
 from anchor_megatron.attention.plan_tensors import PackedArrays, PlanTensors, plan_arrays, plan_tensors
-from anchor_megatron.layout.exchanges import plan_exchange
 from anchor_megatron.layout.placement import place
+from anchor_megatron.layout.plan import make_plan
 
 __all__ = [
     "device_plan",
@@ -31,18 +31,12 @@ Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 def device_plan(
-    lengths: np.ndarray,
-    *,
-    placement: str,
-    ranks: int,
-    rank: int,
-    exchange: str = "sparse",
-    ring_rows: int = 1 << 14,
+    lengths: np.ndarray, *, placement: str, ranks: int, rank: int
 ) -> tuple[PlanTensors, np.ndarray]:
     """This rank's plan on the GPU for documents of `lengths`, and the tokens it holds."""
     cu_seqlens = np.concatenate([[0], np.cumsum(lengths)])
     placed = place(placement, cu_seqlens, context_parallel_size=ranks, window_length=int(cu_seqlens[-1]))
-    plan = plan_exchange(placed, rank, exchange=exchange, ring_rows=ring_rows)
+    plan = make_plan(placed, rank)
     arrays = PackedArrays.pack(plan_arrays(plan)).to(torch.device("cuda"))
     return plan_tensors(plan, arrays), plan.token_index
 
