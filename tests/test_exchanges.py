@@ -4,6 +4,8 @@ executed to the dense oracle's result.
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
@@ -225,6 +227,26 @@ def test_the_output_over_heads_is_one_ranks_bit_for_bit() -> None:
     cases: list[Case] = [(borders, placement, "ulysses", 0) for placement in PLACEMENTS]
     for case, found in zip(cases, attended(4, cases, torch.bfloat16), strict=True):
         assert torch.equal(found[0], whole), case[1:]
+
+
+def parts_on_rank(rank: int, world_size: int, placement: Placement) -> bool:
+    """Whether heads that travel in parts give the same, bit for bit, as all at once."""
+    plan = make_plan(placement, rank)
+    arrays = {name: torch.from_numpy(x).int() for name, x in plan_arrays(plan).items()}
+    mine = torch.from_numpy(plan.token_index)
+    *leaves, dout = (x[mine].bfloat16().requires_grad_() for x in inputs(1200, seed=1))
+    results = []
+    for parts in (1, 2, 8):  # of 2 key/value heads
+        tensors = plan_tensors(dataclasses.replace(plan, head_parts=parts), arrays)
+        options = dict(plan=tensors, kernel=TorchCpuKernel(), scale=SCALE, group=dist.group.WORLD)
+        out = planned_attention(*leaves, **options)
+        results.append([out.detach(), *torch.autograd.grad(out, leaves, dout.detach())])
+    return all(torch.equal(x, y) for other in results[1:] for x, y in zip(results[0], other, strict=True))
+
+
+def test_heads_in_parts_are_the_same_bit_for_bit() -> None:
+    placement = place("zigzag", np.array([0, 100, 1200]), context_parallel_size=4, window_length=1200)
+    assert all(run_ranks(4, parts_on_rank, placement))
 
 
 def test_merging_costs_less_than_another_rounding() -> None:

@@ -4,6 +4,9 @@ image.
     forward    start exchange | local pieces      | finish | waiting pieces
     backward   waiting pieces | start adjoint     | local pieces | finish, add to the rows that were sent
 
+Where the plan says so, heads travel in parts (`layout/overlap.py`): transfers start one behind the other, and
+waiting pieces of one part's heads run under the next part's transfer.
+
 A rank's rows are ordered local pieces first, waiting pieces behind, so both outputs are slices of one tensor.
 Every query row meets all its keys in one kernel call, in document order: nothing is merged, and the result
 does not depend on the number of ranks.
@@ -13,6 +16,7 @@ Legend: T rows of this rank, N query heads, G key/value heads, H head dim, R rec
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -63,39 +67,58 @@ class _PlannedAttention(torch.autograd.Function):
         scale: float,
         group: dist.ProcessGroup | None,
     ) -> Tensor:
-        n = plan.local_tokens
-        out = q.new_empty(q.shape)
-        lse_local = lse_waiting = None
-        flight = start_exchange(k, v, plan, group)
+        n, parts = plan.local_tokens, _head_parts(q, k, plan)
+        out, lse_local = q.new_empty(q.shape), None
+        flights = [start_exchange(k[:, at], v[:, at], plan, group) for _, at in parts]
         if n:
             lse_local = kernel.forward(q[:n], k[:n], v[:n], plan.local_segments, scale=scale, out_TNH=out[:n])
-        received = flight.finish()
-        if n < q.shape[0]:
-            keys, values = gather_keys(k, v, received, plan)
-            lse_waiting = kernel.forward(
-                q[n:], keys, values, plan.waiting_segments, scale=scale, out_TNH=out[n:]
-            )
-        ctx.save_for_backward(q, k, v, out, lse_local, lse_waiting, received)
+        of_parts: list[Tensor | None] = []
+        for (heads, at), flight in zip(parts, flights, strict=True):
+            received, lse = flight.finish(), None
+            if n < q.shape[0]:
+                keys, values = gather_keys(k[:, at], v[:, at], received, plan)
+                lse = kernel.forward(
+                    q[n:, heads], keys, values, plan.waiting_segments, scale=scale, out_TNH=out[n:, heads]
+                )
+            of_parts += [received, lse]
+        ctx.save_for_backward(q, k, v, out, lse_local, *of_parts)
         ctx.plan, ctx.kernel, ctx.scale, ctx.group = plan, kernel, scale, group
         return out
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, out, lse_local, lse_waiting, received = ctx.saved_tensors
+        q, k, v, out, lse_local, *of_parts = ctx.saved_tensors
         plan, kernel, scale = ctx.plan, ctx.kernel, ctx.scale
-        n = plan.local_tokens
+        n, parts = plan.local_tokens, _head_parts(q, k, plan)
         dout = grads[0].contiguous()
         dq, dk, dv = (x.new_empty(x.shape) for x in (q, k, v))
-        dkeys, dvalues = (k.new_empty((plan.key_index.numel(), *k.shape[1:])) for _ in range(2))
-        if n < q.shape[0]:
-            keys, values = gather_keys(k, v, received, plan)
-            tensors = (dout[n:], q[n:], keys, values, out[n:], lse_waiting)
-            kernel.backward(*tensors, plan.waiting_segments, scale=scale, into=(dq[n:], dkeys, dvalues))
-        flight = start_exchange_adjoint(dkeys, dvalues, plan, ctx.group)
+        homeward = []
+        for (heads, at), received, lse in zip(parts, of_parts[::2], of_parts[1::2], strict=True):
+            own = k[:, at]
+            dkeys, dvalues = (k.new_empty((plan.key_index.numel(), *own.shape[1:])) for _ in range(2))
+            if n < q.shape[0]:
+                keys, values = gather_keys(own, v[:, at], received, plan)
+                tensors = (dout[n:, heads], q[n:, heads], keys, values, out[n:, heads], lse)
+                into = (dq[n:, heads], dkeys, dvalues)
+                kernel.backward(*tensors, plan.waiting_segments, scale=scale, into=into)
+            homeward.append((at, dkeys, dvalues, start_exchange_adjoint(dkeys, dvalues, plan, ctx.group)))
         if n:
             tensors = (dout[:n], q[:n], k[:n], v[:n], out[:n], lse_local)
             kernel.backward(*tensors, plan.local_segments, scale=scale, into=(dq[:n], dk[:n], dv[:n]))
-        arrived = flight.finish()
-        if plan.key_index.numel() or plan.sent_tokens:
-            add_home(dk, dv, dkeys, dvalues, arrived, plan)
+        for at, dkeys, dvalues, flight in homeward:
+            arrived = flight.finish()
+            if plan.key_index.numel() or plan.sent_tokens:
+                add_home(dk[:, at], dv[:, at], dkeys, dvalues, arrived, plan)
         return dq, dk, dv, None, None, None, None
+
+
+def _head_parts(q: Tensor, k: Tensor, plan: PlanTensors) -> list[tuple[slice, slice]]:
+    """Query heads and key/value heads of every part. The plan's number of parts is for the heads that its
+    cost model knows; of others as many as divide them.
+    """
+    parts = math.gcd(plan.head_parts, k.shape[1])
+    sizes = (q.shape[1] // parts, k.shape[1] // parts)
+    return [
+        (slice(i * sizes[0], (i + 1) * sizes[0]), slice(i * sizes[1], (i + 1) * sizes[1]))
+        for i in range(parts)
+    ]

@@ -70,6 +70,7 @@ class PlanTensors:
     rounds: tuple[RoundTensors, ...] = ()
     whole: WholeTensors | None = None
     relay: RelayTensors | None = None
+    head_parts: int = 1
 
     @property
     def local_segments(self) -> Segments:
@@ -189,6 +190,7 @@ def plan_tensors(plan: Plan, arrays: dict[str, Tensor]) -> PlanTensors:
         rounds=tuple(_round_tensors(plan, one, arrays, number) for number, one in enumerate(plan.rounds)),
         whole=None if plan.whole is None else _whole_tensors(plan.whole, arrays),
         relay=None if plan.relay is None else _relay_tensors(plan.relay, arrays),
+        head_parts=plan.head_parts,
     )
 
 

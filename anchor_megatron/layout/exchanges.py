@@ -1,6 +1,6 @@
 """The ways in which keys and values of split documents travel, and what each needs planned.
 
-sparse    all that a rank waits for at once                 the plan itself, or in two levels
+sparse    all that a rank waits for, at once or by heads    the plan itself, or in two levels
 ring      where that is too much, in rounds                 and its rounds
 ulysses   not at all: heads are exchanged for tokens        and the way to whole documents
 """
@@ -8,17 +8,33 @@ ulysses   not at all: heads are exchanged for tokens        and the way to whole
 from __future__ import annotations
 
 import dataclasses
+from dataclasses import dataclass
 
 from anchor_megatron.layout.cost import CostModel
 from anchor_megatron.layout.heads import make_whole
+from anchor_megatron.layout.overlap import choose_head_parts
 from anchor_megatron.layout.placement import Placement, received_rows
 from anchor_megatron.layout.plan import Plan, make_plan
 from anchor_megatron.layout.relay import Hops, make_relay, quicker_hops
 from anchor_megatron.layout.rounds import make_rounds
 
-__all__ = ["EXCHANGES", "plan_exchange", "rounds_and_hops"]
+__all__ = ["EXCHANGES", "Way", "find_way", "plan_exchange"]
 
 EXCHANGES = ("sparse", "ring", "ulysses")
+
+
+@dataclass(frozen=True)
+class Way:
+    """How needed rows travel.
+
+    rounds      of exchange ring; 0: all rows at once
+    hops        the two steps of two levels; None: there is one
+    head_parts  parts of the heads that travel one after another
+    """
+
+    rounds: int = 0
+    hops: Hops | None = None
+    head_parts: int = 1
 
 
 def plan_exchange(
@@ -38,19 +54,16 @@ def plan_exchange(
     assert exchange in EXCHANGES, f"got exchange {exchange!r}, expected one of {', '.join(EXCHANGES)}"
     if exchange == "ulysses" and placement.context_parallel_size > 1:
         return dataclasses.replace(make_plan(placement, rank), whole=make_whole(placement, rank))
-    rounds, found = rounds_and_hops(
-        placement, ring_rows=ring_rows if exchange == "ring" else None, costs=costs
-    )
-    if rounds:
-        made = make_rounds(placement, rank, rounds=rounds)
-        return dataclasses.replace(make_plan(placement, rank), rounds=tuple(made))
-    return make_plan(placement, rank) if found is None else make_relay(placement, rank, found)
+    way = find_way(placement, ring_rows=ring_rows if exchange == "ring" else None, costs=costs)
+    if way.rounds:
+        rounds = make_rounds(placement, rank, rounds=way.rounds)
+        return dataclasses.replace(make_plan(placement, rank), rounds=tuple(rounds))
+    plan = make_plan(placement, rank) if way.hops is None else make_relay(placement, rank, way.hops)
+    return dataclasses.replace(plan, head_parts=way.head_parts)
 
 
-def rounds_and_hops(
-    placement: Placement, *, ring_rows: int | None, costs: CostModel
-) -> tuple[int, Hops | None]:
-    """How needed rows travel: in how many rounds, 0 for all at once, and then in which two steps if any.
+def find_way(placement: Placement, *, ring_rows: int | None, costs: CostModel) -> Way:
+    """How needed rows travel best by the cost model.
 
     No rank receives more than `ring_rows` rows at a time, where that is given: rounds are for windows in
     which one would, and two steps are not taken where they would make it so.
@@ -59,9 +72,9 @@ def rounds_and_hops(
         raise ValueError(f"rows of a round: got {ring_rows}, expected at least 1")
     most = int(received_rows(placement).max())
     if ring_rows is not None and most > ring_rows:
-        return -(-most // ring_rows), None
+        return Way(rounds=-(-most // ring_rows))
     found = quicker_hops(placement, costs)
     if found is not None and ring_rows is not None:
         most = int(found.received(placement.context_parallel_size).max())
         found = found if most <= ring_rows else None
-    return 0, found
+    return Way(hops=found, head_parts=choose_head_parts(placement, costs, found))

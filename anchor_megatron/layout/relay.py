@@ -201,12 +201,12 @@ def group_sizes(ranks: int, ranks_per_node: int) -> list[int]:
     return [n for n in range(2, ranks) if ranks % n == 0 and ranks <= 4 * n * n <= 16 * ranks]
 
 
-def wire_seconds(moved: Traffic, found: Hops | None, costs: CostModel) -> np.ndarray:
+def wire_seconds(moved: Traffic, found: Hops | None, costs: CostModel, *, head_parts: int = 1) -> np.ndarray:
     """Seconds float64 [ranks] that the rows of every rank take one way: each row to every rank that needs it,
-    or in the two steps `found`.
+    or in the two steps `found`; some heads after others, in so many parts.
     """
     ranks, several_nodes = moved.received.size, moved.crossing.any()
-    latency = costs.machine.latency_us / 1e6 * (ranks > 1)
+    latency = head_parts * costs.machine.latency_us / 1e6 * (ranks > 1)
     if found is None:
         crossing = np.maximum(moved.crossing, moved.crossing_sent)
         return latency + costs.transfer_seconds(np.maximum(moved.received, moved.sent), crossing)

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from anchor_megatron.layout.cost import CostModel, Machine, tiled
-from anchor_megatron.layout.exchanges import EXCHANGES, rounds_and_hops
+from anchor_megatron.layout.exchanges import EXCHANGES, find_way
 from anchor_megatron.layout.placement import Placement, placement_traffic
 from anchor_megatron.profiling.measure import Case, Sample
 from anchor_megatron.profiling.predict import row_seconds
@@ -43,7 +43,7 @@ def calibrate(samples: list[Sample], before: CostModel) -> Machine:
 
 
 def _in_rounds(case: Case) -> bool:
-    return rounds_and_hops(case.placement, ring_rows=case.ring_rows, costs=case.costs)[0] > 0
+    return find_way(case.placement, ring_rows=case.ring_rows, costs=case.costs).rounds > 0
 
 
 def _receives(sample: Sample) -> bool:

@@ -3,8 +3,9 @@
     forward     local pieces, with the transfer under them | gather | waiting pieces
     backward    gather | waiting pieces | sum | local pieces, with the way home under them
 
-What of a transfer is longer than the local pieces is waited for; what hides under them makes them longer by
-`Machine.contention` of it. `exchange` is what the same exchange takes with nothing above it.
+What of a transfer is longer than what it can hide under (`layout/overlap.py`) is waited for; what is hidden
+makes attention longer by `Machine.contention` of it. `exchange` is what the same exchange takes with nothing
+above it.
 
 Legend: n ranks of T rows, S rows sent, R received, K keys gathered for waiting pieces.
 """
@@ -17,9 +18,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from anchor_megatron.layout.cost import CostModel
-from anchor_megatron.layout.exchanges import rounds_and_hops
+from anchor_megatron.layout.exchanges import Way, find_way
+from anchor_megatron.layout.overlap import choose_head_parts, layer_seconds, local_and_waiting, waits
 from anchor_megatron.layout.placement import Placement, placement_traffic
-from anchor_megatron.layout.relay import Hops, wire_seconds
+from anchor_megatron.layout.relay import wire_seconds
 from anchor_megatron.layout.traffic import Traffic
 
 __all__ = ["Prediction", "predict", "predict_one_level", "seconds_of_one_rank"]
@@ -33,6 +35,7 @@ class Prediction:
                          those handed on in a node too
     moved                what ranks need of each other; None where it does not follow documents
     two_levels           rows go to a node, or a group of ranks of one, once and are handed on there
+    head_parts           parts of the heads that travel one after another
     """
 
     attention: np.ndarray
@@ -42,6 +45,7 @@ class Prediction:
     sent: np.ndarray
     moved: Traffic | None = None
     two_levels: bool = False
+    head_parts: int = 1
 
 
 def predict(exchange: str, placement: Placement, costs: CostModel, *, ring_rows: int) -> Prediction | None:
@@ -54,13 +58,12 @@ def predict(exchange: str, placement: Placement, costs: CostModel, *, ring_rows:
     if exchange == "ulysses":
         return _ulysses(placement, costs)
     most = ring_rows if exchange == "ring" else None
-    rounds, found = rounds_and_hops(placement, ring_rows=most, costs=costs)
-    return _rows_travel(placement, costs, rounds=rounds, found=found)
+    return _rows_travel(placement, costs, find_way(placement, ring_rows=most, costs=costs))
 
 
 def predict_one_level(placement: Placement, costs: CostModel) -> Prediction:
     """The prediction for `sparse` if it sent every row to every rank that needs it, nodes or not."""
-    return _rows_travel(placement, costs)
+    return _rows_travel(placement, costs, Way(head_parts=choose_head_parts(placement, costs, None)))
 
 
 def seconds_of_one_rank(lengths: np.ndarray, costs: CostModel) -> np.ndarray:
@@ -70,33 +73,31 @@ def seconds_of_one_rank(lengths: np.ndarray, costs: CostModel) -> np.ndarray:
     )
 
 
-def _rows_travel(
-    placement: Placement, costs: CostModel, *, rounds: int = 0, found: Hops | None = None
-) -> Prediction:
-    """Only needed rows travel: at once, in the two steps `found`, or in so many rounds (0: at once), each of
-    which is merged into the result.
-    """
-    waits = _waits(placement)
-    queries, keys = _queries_and_keys(placement)
-    both = (costs.forward_seconds(queries, keys), costs.backward_seconds(queries, keys))
-    local, waiting = (
-        np.stack([_by_rank(placement, np.where(which, one, 0)) for one in both]) for which in (~waits, waits)
-    )
-    attention = local + waiting
+def _rows_travel(placement: Placement, costs: CostModel, way: Way) -> Prediction:
+    """Only needed rows travel. Each round is merged into the result."""
+    local, waiting = local_and_waiting(placement, costs)
     moved = placement_traffic(placement, ranks_per_node=costs.ranks_per_node)
-    wire = wire_seconds(moved, found, costs) + max(rounds - 1, 0) * costs.machine.latency_us / 1e6
+    parts = max(way.rounds, way.head_parts)  # rounds fly under pieces as parts of heads do
+    wire = wire_seconds(moved, way.hops, costs, head_parts=parts)
     received, sent = moved.received, moved.sent
-    if found is not None:
-        received, sent = (found.received(received.size), found.sent(received.size))
+    if way.hops is not None:
+        received, sent = (way.hops.received(received.size), way.hops.sent(received.size))
     memory = row_seconds(placement, received, sent, costs)
-    hidden = np.minimum(wire, local)
-    if rounds:  # each round's outputs are merged in fp32, under the next round's transfer
-        values = costs.shape.heads * costs.shape.head_dim * 8 * rounds
-        merged = _by_rank(placement, np.where(waits, queries, 0)) * values
-        memory = memory + merged / costs.machine.merge_gb_per_s / 1e9
-        hidden = np.minimum(wire, local + waiting * (1 - 1 / rounds))
-    total = attention + memory + wire - hidden + costs.machine.contention * hidden
-    return Prediction(attention, wire + memory, total, received, sent, moved, found is not None)
+    if way.rounds:
+        memory = memory + _merging_seconds(placement, costs, way.rounds)
+    together = layer_seconds(local, waiting, wire, costs, head_parts=parts)
+    return Prediction(
+        local + waiting, wire + memory, together + memory, received, sent, moved, way.hops is not None,
+        way.head_parts,
+    )  # fmt: skip
+
+
+def _merging_seconds(placement: Placement, costs: CostModel, rounds: int) -> np.ndarray:
+    """Seconds [ranks] in which each round's outputs are merged into the result in fp32."""
+    queries, _ = _queries_and_keys(placement)
+    values = costs.shape.heads * costs.shape.head_dim * 8 * rounds
+    merged = _by_rank(placement, np.where(waits(placement), queries, 0)) * values
+    return merged / costs.machine.merge_gb_per_s / 1e9
 
 
 def row_seconds(placement: Placement, received: np.ndarray, sent: np.ndarray, costs: CostModel) -> np.ndarray:
@@ -105,7 +106,7 @@ def row_seconds(placement: Placement, received: np.ndarray, sent: np.ndarray, co
     added to the rank's own.
     """
     queries, keys = _queries_and_keys(placement)
-    rows, gathered = (_by_rank(placement, one) for one in (queries, np.where(_waits(placement), keys, 0)))
+    rows, gathered = (_by_rank(placement, one) for one in (queries, np.where(waits(placement), keys, 0)))
     forward = 2 * sent + 2 * gathered
     home = np.where(sent + gathered > 0, gathered + sent + 2 * rows, 0)
     backward = 3 * gathered + received + home
@@ -115,11 +116,6 @@ def row_seconds(placement: Placement, received: np.ndarray, sent: np.ndarray, co
 def _queries_and_keys(placement: Placement) -> tuple[np.ndarray, np.ndarray]:
     """Rows of every piece, and the keys that its last row sees."""
     return placement.stop - placement.start, placement.stop - placement.cu_seqlens[placement.document]
-
-
-def _waits(placement: Placement) -> np.ndarray:
-    """Whether a piece needs keys that it is not."""
-    return placement.start > placement.cu_seqlens[placement.document]
 
 
 def _by_rank(placement: Placement, values: np.ndarray) -> np.ndarray:

@@ -6,6 +6,7 @@ movements of rows at a size that is not there, not how transfers and kernels go 
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +19,11 @@ import torch.multiprocessing as mp
 from anchor_megatron.attention.plan_tensors import PackedArrays, plan_arrays, plan_tensors
 from anchor_megatron.layout.exchanges import plan_exchange
 from anchor_megatron.layout.placement import place
-from anchor_megatron.layout.plan import Plan
+from anchor_megatron.layout.plan import Plan, make_plan
 from anchor_megatron.layout.relay import Hops, hops, make_relay
 
 HEADS, GROUPS, HEAD_DIM = 8, 2, 128
-EXCHANGES = ("sparse", "two levels", "ring", "ulysses")
+EXCHANGES = ("sparse", "two levels", "heads in parts", "ring", "ulysses")
 LENGTHS = [[37, 4096, 1, 10, 3000, 100, 900, 48], [8192], [64] * 128]
 
 
@@ -30,6 +31,8 @@ def plan_of(lengths: np.ndarray, ranks: int, rank: int, exchange: str) -> Plan:
     """On two ranks nothing can be handed on: there two levels bring half of what is needed in either step."""
     borders = np.concatenate([[0], np.cumsum(lengths)])
     placed = place("document", borders, context_parallel_size=ranks, window_length=int(borders[-1]))
+    if exchange == "heads in parts":
+        return replace(make_plan(placed, rank), head_parts=2)
     if exchange != "two levels" or ranks == 1:
         return plan_exchange(placed, rank, exchange=exchange, ring_rows=1000)
     if ranks > 2:
