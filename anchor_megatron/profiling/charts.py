@@ -17,6 +17,7 @@ Rows = list[dict[str, Any]]
 
 _STYLES: dict[str, dict[str, Any]] = {
     "ours: document, sparse": dict(color="#0b5fa5", linewidth=2.8, marker="o", zorder=5),
+    "ours: document, sparse, at once": dict(color="#0b5fa5", linestyle=":", marker="."),
     "ours: document, ring": dict(color="#4a9bd9", marker="s"),
     "ours: document, ulysses": dict(color="#57b8a6", marker="D"),
     "ours: zigzag, sparse": dict(color="#999999", linestyle="--", marker="v"),
@@ -66,11 +67,13 @@ def bytes_chart(rows: Rows) -> bytes:
     """The worst rank's received bytes against ranks, with targets and bounds."""
 
     def draw(axes: Any) -> None:
-        names = [
-            name
-            for name in _STYLES
-            if not name.startswith(("ours: zigzag", "ours: cont", "ours: document, r"))
-        ]
+        left_out = (
+            "ours: zigzag",
+            "ours: contiguous",
+            "ours: document, ring",
+            "ours: document, sparse, at once",
+        )
+        names = [name for name in _STYLES if not name.startswith(left_out)]
         _lines(axes, rows, "received", names)
         bounds = [row for row in rows if row.get("least_received")]
         axes.plot(

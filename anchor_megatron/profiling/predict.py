@@ -19,12 +19,12 @@ import numpy as np
 
 from anchor_megatron.layout.cost import CostModel
 from anchor_megatron.layout.exchanges import Way, find_way
-from anchor_megatron.layout.overlap import choose_head_parts, layer_seconds, local_and_waiting, waits
+from anchor_megatron.layout.overlap import layer_seconds, local_and_waiting, waits
 from anchor_megatron.layout.placement import Placement, placement_traffic
 from anchor_megatron.layout.relay import wire_seconds
 from anchor_megatron.layout.traffic import Traffic
 
-__all__ = ["Prediction", "predict", "predict_one_level", "seconds_of_one_rank"]
+__all__ = ["Prediction", "predict", "predict_at_once", "seconds_of_one_rank"]
 
 
 @dataclass(frozen=True)
@@ -61,9 +61,9 @@ def predict(exchange: str, placement: Placement, costs: CostModel, *, ring_rows:
     return _rows_travel(placement, costs, find_way(placement, ring_rows=most, costs=costs))
 
 
-def predict_one_level(placement: Placement, costs: CostModel) -> Prediction:
-    """The prediction for `sparse` if it sent every row to every rank that needs it, nodes or not."""
-    return _rows_travel(placement, costs, Way(head_parts=choose_head_parts(placement, costs, None)))
+def predict_at_once(placement: Placement, costs: CostModel) -> Prediction:
+    """The prediction for `sparse` if it sent every row to every rank that needs it, all heads at once."""
+    return _rows_travel(placement, costs, Way())
 
 
 def seconds_of_one_rank(lengths: np.ndarray, costs: CostModel) -> np.ndarray:

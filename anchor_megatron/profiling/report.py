@@ -76,7 +76,8 @@ def _levels(rows: Rows) -> list[str]:
     """What the columns on levels mean, and on nodes if there are any."""
     lines = [
         "<p class='small'>Two levels: share of the windows in which rows go to a node, or to a group of "
-        "ranks of one node, once and are handed on there, as that is quicker.</p>"
+        "ranks of one node, once and are handed on there, as that is quicker. Head parts: of the heads, "
+        "which travel one after another, each under attention to the part before.</p>"
     ]
     if any("across_one_level_mb" in row for row in rows):
         lines.append(
@@ -177,7 +178,7 @@ def _against(value: float, target: float | None, digits: int) -> str:
 def _prediction_rows(rows: Rows) -> str:
     columns = {
         "attention_ms": 2, "exchange_ms": 2, "not_hidden_ms": 2, "total_ms": 2, "efficiency": 3, "balance": 3,
-        "received": 3, "sent": 3, "two_levels": 2,
+        "received": 3, "sent": 3, "two_levels": 2, "head_parts": 1,
     }  # fmt: skip
     if any("across_one_level_mb" in row for row in rows):
         columns |= {"across_one_level_mb": 1, "across_two_levels_mb": 1}

@@ -43,8 +43,8 @@ def prediction_table(rows: Rows) -> str:
     """What every placement and exchange takes, ours and others', a line each."""
     crossing = any("across_one_level_mb" in row for row in rows)
     lines = [
-        f"  CP | {'':<40} attention  exchange  not hidden     total  efficiency  received   sent  two levels"
-        + ("  MB across: one level  two levels" if crossing else "")
+        f"  CP | {'':<40} attention  exchange  not hidden     total  efficiency  received   sent"
+        "  two levels  parts" + ("  MB across: one level  two levels" if crossing else "")
     ]
     for row in rows:
         name = label(row)
@@ -57,8 +57,10 @@ def prediction_table(rows: Rows) -> str:
 
 
 def _levels(row: dict[str, Any]) -> str:
-    """The share of windows in which two levels are taken, and megabytes that cross nodes in either form."""
-    taken = f"{row['two_levels']:>12.0%}" if "two_levels" in row else ""
+    """The share of windows in which two levels are taken, parts of heads, and megabytes that cross nodes in
+    one level and in two.
+    """
+    taken = f"{row['two_levels']:>12.0%} {row['head_parts']:>6.1f}" if "two_levels" in row else ""
     if "across_one_level_mb" not in row:
         return taken
     return f"{taken}  {row['across_one_level_mb']:>20.1f} {row['across_two_levels_mb']:>11.1f}"
