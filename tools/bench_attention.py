@@ -22,9 +22,11 @@ import torch
 import torch.distributed as dist
 
 from anchor_megatron.attention.choose import choose_kernel
+from anchor_megatron.layout.cost import LayerShape
+from anchor_megatron.profiling.measure import measure_total
 from anchor_megatron.testing import peers
 from anchor_megatron.testing.lengths import WORKLOADS, workload_lengths
-from anchor_megatron.testing.timing import forward_backward_ms, write_results
+from anchor_megatron.testing.timing import write_results
 
 TABLE = Path(__file__).resolve().parent.parent / "benchmarks" / "document_lengths.csv"
 HEAD_DIM = 128
@@ -128,24 +130,13 @@ def area(lengths: np.ndarray) -> float:
 def measure(name: str, case: Case, heads: int, groups: int, repeats: int) -> dict[str, Any]:
     """Times one implementation and prints its row; one that fails is a row with its error."""
     attend, tokens, pairs = case()
-    generator = torch.Generator(device="cuda").manual_seed(1)
-    leaves = [
-        torch.randn(
-            tokens, n, HEAD_DIM, device="cuda", dtype=torch.bfloat16, generator=generator
-        ).requires_grad_()
-        for n in (heads, groups, groups)
-    ]
-    forward, backward = forward_backward_ms(lambda: attend(*leaves), leaves, repeats=repeats)
+    device = torch.device("cuda", torch.cuda.current_device())
+    row = measure_total(attend, tokens, LayerShape(heads, groups, HEAD_DIM), device=device, repeats=repeats)
     alone = "one GPU" in name or not dist.is_initialized()
     flops = 4 * heads * HEAD_DIM * pairs / (1 if alone else dist.get_world_size())
-    row = {
-        "forward_ms": forward,
-        "backward_ms": backward,
-        "total_ms": forward + backward,
-        "forward_tflops": flops / forward / 1e9,
-        "backward_tflops": 2.5 * flops / backward / 1e9,
-    }
-    say(f"  {name:<44} {forward:8.3f} + {backward:8.3f} = {forward + backward:8.3f} ms   "
+    row["forward_tflops"] = flops / row["forward_ms"] / 1e9
+    row["backward_tflops"] = 2.5 * flops / row["backward_ms"] / 1e9
+    say(f"  {name:<44} {row['forward_ms']:8.3f} + {row['backward_ms']:8.3f} = {row['total_ms']:8.3f} ms   "
         f"{row['forward_tflops']:5.0f} / {row['backward_tflops']:5.0f} TFLOP/s a GPU")  # fmt: skip
     return row
 

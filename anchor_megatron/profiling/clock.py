@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import torch
@@ -27,11 +28,15 @@ _HEAD_START = 20_000_000  # clock cycles, some 10 ms
 def timed(
     steps: list[Callable[[], None]], *, device: torch.device, repeats: int, warm_up: int = 2
 ) -> Figures:
-    """Float64 [ranks, repeats, steps]; all ranks begin each step together and get the same figures."""
+    """Float64 [ranks, repeats, steps]; all ranks begin each step together and get the same figures. Without
+    process groups there is one rank.
+    """
     one = _cuda if device.type == "cuda" else _clock
     mine = [[one(step) for step in steps] for _ in range(warm_up + repeats)][warm_up:]
-    everyone: list[list[list[float]]] = [mine] * dist.get_world_size()
-    dist.all_gather_object(everyone, mine)
+    everyone: list[Any] = [mine]
+    if dist.is_initialized():
+        everyone *= dist.get_world_size()
+        dist.all_gather_object(everyone, mine)
     return np.array(everyone)
 
 
@@ -42,7 +47,7 @@ def slowest(figures: Figures) -> np.ndarray:
 
 def _cuda(step: Callable[[], None]) -> float:
     before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    dist.barrier()
+    _wait_for_all()
     torch.cuda.synchronize()
     torch.cuda._sleep(_HEAD_START)  # in training, too, the host is ahead of the device
     before.record()
@@ -53,7 +58,12 @@ def _cuda(step: Callable[[], None]) -> float:
 
 
 def _clock(step: Callable[[], None]) -> float:
-    dist.barrier()
+    _wait_for_all()
     before = time.perf_counter()
     step()
     return (time.perf_counter() - before) * 1e3
+
+
+def _wait_for_all() -> None:
+    if dist.is_initialized():
+        dist.barrier()
