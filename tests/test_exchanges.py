@@ -236,7 +236,7 @@ def parts_on_rank(rank: int, world_size: int, placement: Placement) -> bool:
     mine = torch.from_numpy(plan.token_index)
     *leaves, dout = (x[mine].bfloat16().requires_grad_() for x in inputs(1200, seed=1))
     results = []
-    for parts in (1, 2, 8):  # of 2 key/value heads
+    for parts in ((1, 1), (1, 2), (2, 2), (2, 8)):  # of 2 key/value heads
         tensors = plan_tensors(dataclasses.replace(plan, head_parts=parts), arrays)
         options = dict(plan=tensors, kernel=TorchCpuKernel(), scale=SCALE, group=dist.group.WORLD)
         out = planned_attention(*leaves, **options)

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from anchor_megatron.layout.cost import CostModel, LayerShape, Machine
 from anchor_megatron.layout.exchanges import find_way
-from anchor_megatron.layout.overlap import choose_head_parts, layer_seconds, local_and_waiting
+from anchor_megatron.layout.overlap import choose_head_parts, local_and_waiting, pass_seconds
 from anchor_megatron.layout.placement import Placement, place
 from anchor_megatron.profiling.predict import predict
 from anchor_megatron.profiling.windows import draw_window
@@ -51,23 +51,25 @@ def test_a_layer_takes_as_long_as_its_timetable(
     local: float, waiting: float, wire: float, parts: int
 ) -> None:
     both = [np.full((2, 1), x) for x in (local, waiting)]
-    found = layer_seconds(*both, np.array([wire]), IDEAL, head_parts=parts)
+    found = pass_seconds(*both, np.array([wire]), IDEAL, parts=parts, call=np.zeros(1))
     expected = [ends(local, waiting, wire, parts) for ends in (forward_ends, backward_ends)]
     assert found[:, 0] == pytest.approx(expected)
 
 
-@pytest.mark.parametrize(("ranks", "per_node"), [(1, None), (2, None), (8, None), (32, None), (32, 8)])
+@pytest.mark.parametrize(("ranks", "per_node"), [(1, None), (2, None), (8, None), (64, None), (32, 8)])
 def test_the_quickest_number_of_parts_is_taken(ranks: int, per_node: int | None) -> None:
     costs = CostModel(ranks_per_node=per_node)
     placement = placed(ranks, costs)
     way = find_way(placement, ring_rows=None, costs=costs)
-    assert (way.head_parts > 1) == (ranks == 32), "heads travel in parts where most of a window waits"
+    forward, backward = way.head_parts
+    assert backward % forward == 0 and 8 % backward == 0
+    assert (backward > 1) == (ranks > 8), "heads travel in parts where most of a window waits"
     one_head = replace(costs, shape=LayerShape(heads=4, groups=1))
-    assert find_way(placement, ring_rows=None, costs=one_head).head_parts == 1
+    assert find_way(placement, ring_rows=None, costs=one_head).head_parts == (1, 1)
     taken = predict("sparse", placement, costs, ring_rows=1)
     assert taken is not None and taken.head_parts == way.head_parts
     local, waiting = local_and_waiting(placement, costs)
     assert taken.attention == pytest.approx(local + waiting)
-    if way.head_parts > 1:
+    if backward > 1:
         slow = replace(costs, machine=Machine(latency_us=10_000))
-        assert choose_head_parts(placement, slow, way.hops) == 1
+        assert choose_head_parts(placement, slow, way.hops) == (1, 1)

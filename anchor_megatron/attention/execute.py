@@ -17,6 +17,7 @@ Legend: T rows of this rank, N query heads, G key/value heads, H head dim, R rec
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -67,14 +68,14 @@ class _PlannedAttention(torch.autograd.Function):
         scale: float,
         group: dist.ProcessGroup | None,
     ) -> Tensor:
-        n, parts = plan.local_tokens, _head_parts(q, k, plan)
+        n, parts = plan.local_tokens, _head_parts(q, k, plan.head_parts[0])
         out, lse_local = q.new_empty(q.shape), None
         flights = [start_exchange(k[:, at], v[:, at], plan, group) for _, at in parts]
         if n:
             lse_local = kernel.forward(q[:n], k[:n], v[:n], plan.local_segments, scale=scale, out_TNH=out[:n])
-        of_parts: list[Tensor | None] = []
+        of_parts = []  # what arrived, and log-sum-exps
         for (heads, at), flight in zip(parts, flights, strict=True):
-            received, lse = flight.finish(), None
+            received, lse = flight.finish(), q.new_empty((heads.stop - heads.start, 0))
             if n < q.shape[0]:
                 keys, values = gather_keys(k[:, at], v[:, at], received, plan)
                 lse = kernel.forward(
@@ -89,11 +90,10 @@ class _PlannedAttention(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, out, lse_local, *of_parts = ctx.saved_tensors
         plan, kernel, scale = ctx.plan, ctx.kernel, ctx.scale
-        n, parts = plan.local_tokens, _head_parts(q, k, plan)
-        dout = grads[0].contiguous()
+        n, dout = plan.local_tokens, grads[0].contiguous()
         dq, dk, dv = (x.new_empty(x.shape) for x in (q, k, v))
         homeward = []
-        for (heads, at), received, lse in zip(parts, of_parts[::2], of_parts[1::2], strict=True):
+        for (heads, at), received, lse in _in_parts(_head_parts(q, k, plan.head_parts[1]), of_parts):
             own = k[:, at]
             dkeys, dvalues = (k.new_empty((plan.key_index.numel(), *own.shape[1:])) for _ in range(2))
             if n < q.shape[0]:
@@ -112,13 +112,27 @@ class _PlannedAttention(torch.autograd.Function):
         return dq, dk, dv, None, None, None, None
 
 
-def _head_parts(q: Tensor, k: Tensor, plan: PlanTensors) -> list[tuple[slice, slice]]:
-    """Query heads and key/value heads of every part. The plan's number of parts is for the heads that its
-    cost model knows; of others as many as divide them.
+Part = tuple[slice, slice]  # query heads, and the key/value heads that they read
+
+
+def _head_parts(q: Tensor, k: Tensor, count: int) -> list[Part]:
+    """The heads in so many parts. A plan counts parts for the heads that its cost model knows; of others
+    there are as many as divide them.
     """
-    parts = math.gcd(plan.head_parts, k.shape[1])
+    parts = math.gcd(count, k.shape[1])
     sizes = (q.shape[1] // parts, k.shape[1] // parts)
     return [
         (slice(i * sizes[0], (i + 1) * sizes[0]), slice(i * sizes[1], (i + 1) * sizes[1]))
         for i in range(parts)
     ]
+
+
+def _in_parts(parts: list[Part], coarser: list[Tensor]) -> Iterator[tuple[Part, Tensor, Tensor]]:
+    """Each part with its heads of what arrived [R, 2, G, H] and of log-sum-exps [N, W], which were kept in as
+    many parts or fewer.
+    """
+    pairs = list(zip(coarser[::2], coarser[1::2], strict=True))
+    each = len(parts) // len(pairs)
+    for number, part in enumerate(parts):
+        received, lse = pairs[number // each]
+        yield part, received.chunk(each, dim=2)[number % each].contiguous(), lse.chunk(each)[number % each]

@@ -70,7 +70,7 @@ class PlanTensors:
     rounds: tuple[RoundTensors, ...] = ()
     whole: WholeTensors | None = None
     relay: RelayTensors | None = None
-    head_parts: int = 1
+    head_parts: tuple[int, int] = (1, 1)
 
     @property
     def local_segments(self) -> Segments:

@@ -30,7 +30,7 @@ class Machine:
     forward_tflops, backward_tflops        attention of very long documents; 4 and 10 FLOP a pair, head and
                                            head dim
     forward_row_pairs, backward_row_pairs  what a query row costs beside its pairs, in pairs
-    tile                                   query rows that a kernel works on at once
+    tile, tiles_at_once                    query rows of a tile; tiles that the device works on at once
     inside_gb_per_s, between_gb_per_s      one way, to all ranks of the node and to those of other nodes
     latency_us                             of one collective, to its start and from its end
     memory_gb_per_s                        packing, gathering and summing of rows
@@ -44,6 +44,7 @@ class Machine:
     forward_row_pairs: float = 520.0
     backward_row_pairs: float = 435.0
     tile: int = 128
+    tiles_at_once: int = 132
     inside_gb_per_s: float = 314.0
     between_gb_per_s: float = 45.0
     latency_us: float = 30.0

@@ -29,12 +29,12 @@ class Way:
 
     rounds      of exchange ring; 0: all rows at once
     hops        the two steps of two levels; None: there is one
-    head_parts  parts of the heads that travel one after another
+    head_parts  parts of the heads that travel one after another, forward and backward
     """
 
     rounds: int = 0
     hops: Hops | None = None
-    head_parts: int = 1
+    head_parts: tuple[int, int] = (1, 1)
 
 
 def plan_exchange(

@@ -13,6 +13,11 @@ With L seconds of local pieces, W of waiting ones, P parts that take w each to a
 a pass takes as long as its longest chain:
 
     max(L + W,  w + W,  P w + c)
+
+Parts are not free. The forward kernel gives each tile of query rows to one multiprocessor for all its keys,
+so that at the end of a call most wait for the last tile, on average half of the longest one: 0.4 ms where it
+sees 65,536 keys. The backward kernel goes by keys and its tiles are short. So keys travel in few parts or in
+one, gradients in many.
 """
 
 from __future__ import annotations
@@ -23,32 +28,39 @@ from anchor_megatron.layout.cost import CostModel
 from anchor_megatron.layout.placement import Placement, placement_traffic
 from anchor_megatron.layout.relay import Hops, wire_seconds
 
-__all__ = ["choose_head_parts", "layer_seconds", "local_and_waiting", "waits"]
+__all__ = ["call_seconds", "choose_head_parts", "local_and_waiting", "pass_seconds", "waits"]
 
-_WORTH = 0.98  # of the time in one part: every part is a kernel call and a transfer more
+_WORTH = 0.98  # of a pass in one part
 
 
-def choose_head_parts(placement: Placement, costs: CostModel, found: Hops | None) -> int:
-    """Parts of the heads in which rows travel, by the steps `found`: the quickest by the cost model, of
-    numbers that divide the key/value heads. A function of placement and costs alone, as all ranks must take
-    the same.
+def choose_head_parts(placement: Placement, costs: CostModel, found: Hops | None) -> tuple[int, int]:
+    """Parts of the heads in which keys and values travel, and in which their gradients do, by the steps
+    `found`: the quickest by the cost model that divide the key/value heads; the first divides the second. A
+    function of placement and costs alone, as all ranks must take the same.
     """
     moved = placement_traffic(placement, ranks_per_node=costs.ranks_per_node)
     if not moved.received.any():
-        return 1
+        return 1, 1
     local, waiting = local_and_waiting(placement, costs)
-    seconds = {}
-    for parts in (n for n in range(1, costs.shape.groups + 1) if costs.shape.groups % n == 0):
-        wire = wire_seconds(moved, found, costs, head_parts=parts)
-        seconds[parts] = layer_seconds(local, waiting, wire, costs, head_parts=parts).max(axis=1).sum()
-    quickest = min(seconds, key=lambda parts: seconds[parts])
-    return quickest if seconds[quickest] < _WORTH * seconds[1] else 1
+    calls = call_seconds(placement, costs)
+
+    def quickest(direction: int, candidates: list[int]) -> int:
+        seconds = {}
+        for parts in candidates:
+            wire = wire_seconds(moved, found, costs, head_parts=parts)
+            work, call = (local[direction], waiting[direction]), calls[direction]
+            seconds[parts] = pass_seconds(*work, wire, costs, parts=parts, call=call).max()
+        best = min(candidates, key=lambda parts: seconds[parts])
+        return best if seconds[best] < _WORTH * seconds[candidates[0]] else candidates[0]
+
+    divisors = [n for n in range(1, costs.shape.groups + 1) if costs.shape.groups % n == 0]
+    forward = quickest(0, divisors)
+    return forward, quickest(1, [n for n in divisors if n % forward == 0])
 
 
 def local_and_waiting(placement: Placement, costs: CostModel) -> tuple[np.ndarray, np.ndarray]:
     """Attention seconds [2, ranks], forward and backward, of local pieces and of waiting ones."""
-    rows = placement.stop - placement.start
-    keys = placement.stop - placement.cu_seqlens[placement.document]
+    rows, keys = _rows_and_keys(placement)
     both = (costs.forward_seconds(rows, keys), costs.backward_seconds(rows, keys))
     which, ranks = waits(placement), placement.context_parallel_size
     local, waiting = (
@@ -58,18 +70,38 @@ def local_and_waiting(placement: Placement, costs: CostModel) -> tuple[np.ndarra
     return local, waiting
 
 
+def call_seconds(placement: Placement, costs: CostModel) -> np.ndarray:
+    """What one kernel call more costs, seconds [2, ranks], forward and backward: as much as a transfer to
+    begin and end, and forward half of the longest tile of a rank's waiting pieces.
+    """
+    machine, which = costs.machine, waits(placement)
+    longest = np.zeros(placement.context_parallel_size)
+    np.maximum.at(longest, placement.rank[which], _rows_and_keys(placement)[1][which])
+    tile = 4 * machine.tile * costs.shape.head_dim * machine.tiles_at_once / machine.forward_tflops / 1e12
+    return machine.latency_us / 1e6 + np.stack([longest * tile / 2, np.zeros_like(longest)])
+
+
 def waits(placement: Placement) -> np.ndarray:
     """Whether a piece needs keys that it is not."""
     return placement.start > placement.cu_seqlens[placement.document]
 
 
-def layer_seconds(
-    local: np.ndarray, waiting: np.ndarray, wire: np.ndarray, costs: CostModel, *, head_parts: int
+def pass_seconds(
+    local: np.ndarray,
+    waiting: np.ndarray,
+    wire: np.ndarray,
+    costs: CostModel,
+    *,
+    parts: int,
+    call: np.ndarray,
 ) -> np.ndarray:
-    """Seconds [2, ranks] of attention with transfers that alone take `wire` [ranks] in all their parts. A
-    kernel call more takes as long to begin and end as a transfer.
+    """Seconds [..., ranks] of one pass, or more, with transfers that alone take `wire` [ranks] in all their
+    parts and kernel calls that cost `call` more than their share of the work.
     """
-    attention = local + waiting + (head_parts - 1) * costs.machine.latency_us / 1e6
-    longest = np.maximum(wire / head_parts + waiting, wire + waiting / head_parts)
+    longest = np.maximum(wire / parts + waiting, wire + waiting / parts)
     exposed = np.maximum(longest - local - waiting, 0)
-    return attention + exposed + costs.machine.contention * (wire - exposed)
+    return local + waiting + (parts - 1) * call + exposed + costs.machine.contention * (wire - exposed)
+
+
+def _rows_and_keys(placement: Placement) -> tuple[np.ndarray, np.ndarray]:
+    return placement.stop - placement.start, placement.stop - placement.cu_seqlens[placement.document]

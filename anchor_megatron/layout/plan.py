@@ -39,8 +39,8 @@ class Plan:
     whole                          of exchange ulysses (`heads.py`); None for the others
     relay                          of exchange sparse in two levels (`relay.py`): the second all-to-all, whose
                                    rows lie behind those of the first; None: there is one
-    head_parts                     of exchange sparse: parts of the key/value heads that travel one after
-                                   another (`overlap.py`)
+    head_parts                     of exchange sparse: parts of the heads that travel one after another,
+                                   forward and backward (`overlap.py`)
     """
 
     token_index: np.ndarray
@@ -59,7 +59,7 @@ class Plan:
     rounds: tuple[Round, ...] = ()
     whole: Whole | None = None
     relay: Relay | None = None
-    head_parts: int = 1
+    head_parts: tuple[int, int] = (1, 1)
 
     @property
     def received_tokens(self) -> int:

@@ -19,7 +19,7 @@ import numpy as np
 
 from anchor_megatron.layout.cost import CostModel
 from anchor_megatron.layout.exchanges import Way, find_way
-from anchor_megatron.layout.overlap import layer_seconds, local_and_waiting, waits
+from anchor_megatron.layout.overlap import call_seconds, local_and_waiting, pass_seconds, waits
 from anchor_megatron.layout.placement import Placement, placement_traffic
 from anchor_megatron.layout.relay import wire_seconds
 from anchor_megatron.layout.traffic import Traffic
@@ -35,7 +35,7 @@ class Prediction:
                          those handed on in a node too
     moved                what ranks need of each other; None where it does not follow documents
     two_levels           rows go to a node, or a group of ranks of one, once and are handed on there
-    head_parts           parts of the heads that travel one after another
+    head_parts           parts of the heads that travel one after another, forward and backward
     """
 
     attention: np.ndarray
@@ -45,7 +45,7 @@ class Prediction:
     sent: np.ndarray
     moved: Traffic | None = None
     two_levels: bool = False
-    head_parts: int = 1
+    head_parts: tuple[int, int] = (1, 1)
 
 
 def predict(exchange: str, placement: Placement, costs: CostModel, *, ring_rows: int) -> Prediction | None:
@@ -77,15 +77,21 @@ def _rows_travel(placement: Placement, costs: CostModel, way: Way) -> Prediction
     """Only needed rows travel. Each round is merged into the result."""
     local, waiting = local_and_waiting(placement, costs)
     moved = placement_traffic(placement, ranks_per_node=costs.ranks_per_node)
-    parts = max(way.rounds, way.head_parts)  # rounds fly under pieces as parts of heads do
-    wire = wire_seconds(moved, way.hops, costs, head_parts=parts)
     received, sent = moved.received, moved.sent
     if way.hops is not None:
         received, sent = (way.hops.received(received.size), way.hops.sent(received.size))
     memory = row_seconds(placement, received, sent, costs)
-    if way.rounds:
-        memory = memory + _merging_seconds(placement, costs, way.rounds)
-    together = layer_seconds(local, waiting, wire, costs, head_parts=parts)
+    calls = call_seconds(placement, costs)
+    parts = way.head_parts
+    if (
+        way.rounds
+    ):  # they fly under pieces as parts of heads do, but pieces are cut by keys and tiles are short
+        memory, parts = memory + _merging_seconds(placement, costs, way.rounds), (way.rounds, way.rounds)
+        calls = np.full_like(calls, costs.machine.latency_us / 1e6)
+    wire = np.stack([wire_seconds(moved, way.hops, costs, head_parts=one) for one in parts])
+    together = np.stack(
+        [pass_seconds(local[i], waiting[i], wire[i], costs, parts=parts[i], call=calls[i]) for i in range(2)]
+    )
     return Prediction(
         local + waiting, wire + memory, together + memory, received, sent, moved, way.hops is not None,
         way.head_parts,

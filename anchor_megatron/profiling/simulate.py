@@ -151,7 +151,10 @@ def _figures(
         "efficiency": one_rank / ranks / (forward + backward),
     }
     if (moved := prediction.moved) is not None:
-        found |= {"two_levels": float(prediction.two_levels), "head_parts": prediction.head_parts}
+        found |= {
+            "two_levels": float(prediction.two_levels),
+            "head_parts": float(np.mean(prediction.head_parts)),
+        }
         if costs.ranks_per_node is not None:
             megabytes = costs.shape.row_bytes / 1e6 / ranks
             found["across_one_level_mb"] = float(moved.crossing.sum()) * megabytes

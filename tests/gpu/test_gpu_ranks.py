@@ -32,7 +32,7 @@ def plan_of(lengths: np.ndarray, ranks: int, rank: int, exchange: str) -> Plan:
     borders = np.concatenate([[0], np.cumsum(lengths)])
     placed = place("document", borders, context_parallel_size=ranks, window_length=int(borders[-1]))
     if exchange == "heads in parts":
-        return replace(make_plan(placed, rank), head_parts=2)
+        return replace(make_plan(placed, rank), head_parts=(1, 2))
     if exchange != "two levels" or ranks == 1:
         return plan_exchange(placed, rank, exchange=exchange, ring_rows=1000)
     if ranks > 2:
