@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from anchor_megatron.layout.cost import CostModel, LayerShape, Machine
 from anchor_megatron.layout.exchanges import find_way
 from anchor_megatron.layout.overlap import choose_head_parts, local_and_waiting, pass_seconds
-from anchor_megatron.layout.placement import Placement, place
+from anchor_megatron.layout.placement import Placement, place, placement_traffic
 from anchor_megatron.profiling.predict import predict
 from anchor_megatron.profiling.windows import draw_window
 
@@ -72,4 +72,5 @@ def test_the_quickest_number_of_parts_is_taken(ranks: int, per_node: int | None)
     assert taken.attention == pytest.approx(local + waiting)
     if backward > 1:
         slow = replace(costs, machine=Machine(latency_us=10_000))
-        assert choose_head_parts(placement, slow, way.hops) == (1, 1)
+        moved = placement_traffic(placement, ranks_per_node=per_node)
+        assert choose_head_parts(placement, slow, moved, way.hops) == (1, 1)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from anchor_megatron.layout.cost import CostModel
 from anchor_megatron.layout.heads import make_whole
 from anchor_megatron.layout.overlap import choose_head_parts
-from anchor_megatron.layout.placement import Placement, received_rows
+from anchor_megatron.layout.placement import Placement, placement_traffic
 from anchor_megatron.layout.plan import Plan, make_plan
 from anchor_megatron.layout.relay import Hops, make_relay, quicker_hops
 from anchor_megatron.layout.rounds import make_rounds
@@ -70,11 +70,14 @@ def find_way(placement: Placement, *, ring_rows: int | None, costs: CostModel) -
     """
     if ring_rows is not None and ring_rows < 1:
         raise ValueError(f"rows of a round: got {ring_rows}, expected at least 1")
-    most = int(received_rows(placement).max())
+    moved = placement_traffic(placement, ranks_per_node=costs.ranks_per_node)
+    most = int(moved.received.max())
+    if most == 0:
+        return Way()
     if ring_rows is not None and most > ring_rows:
         return Way(rounds=-(-most // ring_rows))
-    found = quicker_hops(placement, costs)
+    found = quicker_hops(placement, costs, moved)
     if found is not None and ring_rows is not None:
         most = int(found.received(placement.context_parallel_size).max())
         found = found if most <= ring_rows else None
-    return Way(hops=found, head_parts=choose_head_parts(placement, costs, found))
+    return Way(hops=found, head_parts=choose_head_parts(placement, costs, moved, found))

@@ -25,22 +25,22 @@ from __future__ import annotations
 import numpy as np
 
 from anchor_megatron.layout.cost import CostModel
-from anchor_megatron.layout.placement import Placement, placement_traffic
+from anchor_megatron.layout.placement import Placement
 from anchor_megatron.layout.relay import Hops, wire_seconds
+from anchor_megatron.layout.traffic import Traffic
 
 __all__ = ["call_seconds", "choose_head_parts", "local_and_waiting", "pass_seconds", "waits"]
 
 _WORTH = 0.98  # of a pass in one part
 
 
-def choose_head_parts(placement: Placement, costs: CostModel, found: Hops | None) -> tuple[int, int]:
+def choose_head_parts(
+    placement: Placement, costs: CostModel, moved: Traffic, found: Hops | None
+) -> tuple[int, int]:
     """Parts of the heads in which keys and values travel, and in which their gradients do, by the steps
     `found`: the quickest by the cost model that divide the key/value heads; the first divides the second. A
     function of placement and costs alone, as all ranks must take the same.
     """
-    moved = placement_traffic(placement, ranks_per_node=costs.ranks_per_node)
-    if not moved.received.any():
-        return 1, 1
     local, waiting = local_and_waiting(placement, costs)
     calls = call_seconds(placement, costs)
 
