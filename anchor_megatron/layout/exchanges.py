@@ -12,10 +12,10 @@ from dataclasses import dataclass
 
 from anchor_megatron.layout.cost import CostModel
 from anchor_megatron.layout.heads import make_whole
-from anchor_megatron.layout.overlap import choose_head_parts
+from anchor_megatron.layout.overlap import choose_head_parts, choose_hops
 from anchor_megatron.layout.placement import Placement, placement_traffic
 from anchor_megatron.layout.plan import Plan, make_plan
-from anchor_megatron.layout.relay import Hops, make_relay, quicker_hops
+from anchor_megatron.layout.relay import Hops, make_relay
 from anchor_megatron.layout.rounds import make_rounds
 
 __all__ = ["EXCHANGES", "Way", "find_way", "plan_exchange"]
@@ -76,7 +76,7 @@ def find_way(placement: Placement, *, ring_rows: int | None, costs: CostModel) -
         return Way()
     if ring_rows is not None and most > ring_rows:
         return Way(rounds=-(-most // ring_rows))
-    found = quicker_hops(placement, costs, moved)
+    found = choose_hops(placement, costs, moved)
     if found is not None and ring_rows is not None:
         most = int(found.received(placement.context_parallel_size).max())
         found = found if most <= ring_rows else None

@@ -1,11 +1,12 @@
-"""Heads travel in parts, so that pieces which wait can begin before all their keys have come.
+"""How rows travel so that little of it is waited for: in which steps, and in how many parts of the heads.
 
-Attention of one head asks nothing of another. In two parts, with 8 key/value heads:
+Attention of one head asks nothing of another, so pieces that wait can begin before all their keys have come.
+In two parts, with 8 key/value heads:
 
     transfer    | heads 0-3 | heads 4-7 |
     attention   | local pieces  | waiting, heads 0-3 | waiting, heads 4-7 |
 
-and in one part the waiting pieces would begin where the transfer ends. The backward pass is the mirror image:
+and in one the waiting pieces would begin where the transfer ends. The backward pass is the mirror image:
 gradients of one part go home under the next part's kernel call. Each head is computed as it would be
 otherwise, so the result is the same bit for bit.
 
@@ -18,6 +19,9 @@ Parts are not free. The forward kernel gives each tile of query rows to one mult
 so that at the end of a call most wait for the last tile, on average half of the longest one: 0.4 ms where it
 sees 65,536 keys. The backward kernel goes by keys and its tiles are short. So keys travel in few parts or in
 one, gradients in many.
+
+What is chosen is a function of placement and costs alone, so that all ranks choose the same. The steps are
+those of `relay.py`.
 """
 
 from __future__ import annotations
@@ -26,20 +30,39 @@ import numpy as np
 
 from anchor_megatron.layout.cost import CostModel
 from anchor_megatron.layout.placement import Placement
-from anchor_megatron.layout.relay import Hops, wire_seconds
+from anchor_megatron.layout.relay import Hops, group_sizes, hops, wire_seconds
 from anchor_megatron.layout.traffic import Traffic
 
-__all__ = ["call_seconds", "choose_head_parts", "local_and_waiting", "pass_seconds", "waits"]
+__all__ = ["call_seconds", "choose_head_parts", "choose_hops", "local_and_waiting", "pass_seconds", "waits"]
 
-_WORTH = 0.98  # of a pass in one part
+_WORTH = 0.98  # of the time as it would be: a further step or part must bring more than the model may err
+
+
+def choose_hops(placement: Placement, costs: CostModel, moved: Traffic) -> Hops | None:
+    """The two steps in which what is `moved` is quickest by the cost model; None: one."""
+    ranks = placement.context_parallel_size
+    near = min(costs.ranks_per_node or ranks, ranks)
+    if near < ranks and not moved.crossing.any():
+        return None
+    work = local_and_waiting(placement, costs)
+
+    def seconds(found: Hops | None) -> float:
+        wire = wire_seconds(moved, found, costs)
+        return float(pass_seconds(*work, wire, costs, parts=1, call=np.zeros(ranks)).max(axis=1).sum())
+
+    quickest, least = None, _WORTH * seconds(None)
+    for size in group_sizes(ranks, near):
+        found = hops(placement, size)
+        if (taken := seconds(found)) < least:
+            quickest, least = found, taken
+    return quickest
 
 
 def choose_head_parts(
     placement: Placement, costs: CostModel, moved: Traffic, found: Hops | None
 ) -> tuple[int, int]:
     """Parts of the heads in which keys and values travel, and in which their gradients do, by the steps
-    `found`: the quickest by the cost model that divide the key/value heads; the first divides the second. A
-    function of placement and costs alone, as all ranks must take the same.
+    `found`: the quickest by the cost model that divide the key/value heads; the first divides the second.
     """
     local, waiting = local_and_waiting(placement, costs)
     calls = call_seconds(placement, costs)

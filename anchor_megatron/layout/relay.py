@@ -16,8 +16,7 @@ On several nodes the groups are the nodes: fewer rows take the slow way between 
 neighbours, as many as suit: whoever holds the early tokens of a long document, which all its ranks need,
 sends them to every group instead of every rank, and the others send them on.
 
-The way that is quicker by the cost model is taken. It is a function of the placement and the costs alone, so
-that all ranks take the same.
+Whether two steps are taken, and by which groups, `overlap.py` says.
 """
 
 from __future__ import annotations
@@ -32,10 +31,7 @@ from anchor_megatron.layout.placement import Placement
 from anchor_megatron.layout.plan import Plan, Relay, make_plan, ranges
 from anchor_megatron.layout.traffic import Traffic
 
-__all__ = ["Hops", "group_sizes", "hops", "make_relay", "quicker_hops", "wire_seconds"]
-
-
-_WORTH = 0.9  # of one step's time: two read and write more, and round gradients once more
+__all__ = ["Hops", "group_sizes", "hops", "make_relay", "wire_seconds"]
 
 
 @dataclass(frozen=True)
@@ -175,22 +171,6 @@ def make_relay(placement: Placement, rank: int, found: Hops) -> Plan:
             rows_of(passed), tuple(passed.received(ranks).tolist()), tuple(onward.sent(ranks).tolist())
         ),
     )
-
-
-def quicker_hops(placement: Placement, costs: CostModel, moved: Traffic) -> Hops | None:
-    """The quickest two steps for what is `moved`, by the cost model; None where one takes no more than a
-    tenth longer.
-    """
-    ranks = placement.context_parallel_size
-    near = min(costs.ranks_per_node or ranks, ranks)
-    if near < ranks and not moved.crossing.any():
-        return None
-    quickest, least = None, _WORTH * wire_seconds(moved, None, costs).max()
-    for size in group_sizes(ranks, near):
-        found = hops(placement, size)
-        if (taken := wire_seconds(moved, found, costs).max()) < least:
-            quickest, least = found, taken
-    return quickest
 
 
 def group_sizes(ranks: int, ranks_per_node: int) -> list[int]:
