@@ -36,7 +36,7 @@ def efficiency_chart(rows: Rows) -> bytes:
             ylabel="efficiency", ylim=(0, 1.02), title="Efficiency: one rank's time / (ranks × slowest rank)"
         )
 
-    return _over_ranks(rows, draw)
+    return _over_ranks(rows, draw, legend="lower left")
 
 
 def balance_chart(rows: Rows) -> bytes:
@@ -74,7 +74,9 @@ def bytes_chart(rows: Rows) -> bytes:
             "ours: document, sparse, at once",
         )
         names = [name for name in _STYLES if not name.startswith(left_out)]
-        _lines(axes, rows, "received", names)
+        # of ours what ranks need, as targets and bounds have it, without what they merely hand on
+        needed = [row | {"received": row.get("needed", row["received"])} for row in rows]
+        _lines(axes, needed, "received", names)
         bounds = [row for row in rows if row.get("least_received")]
         axes.plot(
             [row["ranks"] for row in bounds], [row["least_received"] for row in bounds], ":", color="black",
@@ -159,7 +161,7 @@ def _targets(axes: Any, rows: Rows, which: int) -> None:
     axes.plot(ranks, [TARGETS[n][which] for n in ranks], "_", label="target", **style)
 
 
-def _over_ranks(rows: Rows, draw: Callable[[Any], None]) -> bytes:
+def _over_ranks(rows: Rows, draw: Callable[[Any], None], *, legend: str = "best") -> bytes:
     def drawn(axes: Any) -> None:
         draw(axes)
         sizes = sorted({row["ranks"] for row in rows})
@@ -167,7 +169,7 @@ def _over_ranks(rows: Rows, draw: Callable[[Any], None]) -> bytes:
         axes.set_xticks(sizes, [f"{size:,}" for size in sizes])
         axes.set_xlabel("context-parallel ranks")
         axes.grid(alpha=0.25)
-        axes.legend(fontsize=8, framealpha=0.85)
+        axes.legend(fontsize=7, framealpha=0.85, loc=legend)
 
     return _svg(drawn)
 
