@@ -159,9 +159,9 @@ def peel(runs: Runs, tokens: int, area: float) -> tuple[Runs, Runs]:
 
 def _late_alone(first: int, last: int, cap: float, price: float) -> int:
     """How many of the last of tokens [first, last) have an area of `cap` above the price; all, if less."""
-    slope = price - 0.5
-    square = slope * slope + 2 * (_priced(last, price) - cap)
-    return round(last - slope - math.sqrt(square)) if square > 0 else last - first
+    distance = last + 0.5 - price  # its square is twice the priced area of [0, last), but for a constant
+    square = distance * distance - 2 * cap
+    return round(distance - math.sqrt(square)) if square > 0 else last - first
 
 
 def _late_of(first: int, last: int, tokens: int, cap: float, price: float) -> int:
