@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -168,17 +169,30 @@ def test_other_roads_lead_to_the_same_gradients(
     assert_equal(loss_and_gradients(2, config, reference[0], tmp_path / "gradients"), reference)
 
 
-def test_rows_handed_on_in_nodes_lead_to_the_same_gradients(
-    reference: tuple[str, float, dict[str, torch.Tensor]], tmp_path: Path
+@pytest.mark.parametrize(
+    ("machine", "ranks_per_node", "two_levels", "head_parts"),
+    [
+        ({"between_gb_per_s": 1e-4, "latency_us": 0}, 2, True, (1, 1)),
+        ({"inside_gb_per_s": 3, "latency_us": 0, "tiles_at_once": 1e-6}, None, False, (1, 2)),
+    ],
+    ids=["two levels", "heads in parts"],
+)
+def test_rows_travel_otherwise_to_the_same_gradients(
+    machine: dict[str, float],
+    ranks_per_node: int | None,
+    two_levels: bool,
+    head_parts: tuple[int, int],
+    reference: tuple[str, float, dict[str, torch.Tensor]],
+    tmp_path: Path,
 ) -> None:
-    machine = tmp_path / "slow_links.json"
-    machine.write_text('{"machine": {"between_gb_per_s": 1e-4, "latency_us": 0}}')
-    attention = dict(placement="zigzag", ranks_per_node=2, calibration=str(machine))
+    path = tmp_path / "slow_links.json"
+    path.write_text(json.dumps({"machine": machine}))
+    attention = dict(placement="zigzag", ranks_per_node=ranks_per_node, calibration=str(path))
     config = configuration(dict(context=4), attention=attention)
     window = random_window(lengths=LENGTHS[0], vocab_size=VOCAB, seed=0)
     shape = dict(context_parallel_size=4, context_parallel_rank=0)
     plan = plan_batch(
         [window], mode=config.data.mode, placement="zigzag", costs=cost_model(config), **shape
     ).plan
-    assert plan.relay is not None
+    assert (plan.relay is not None) == two_levels and plan.head_parts == head_parts
     assert_equal(loss_and_gradients(4, config, reference[0], tmp_path / "gradients"), reference)

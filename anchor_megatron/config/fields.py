@@ -149,7 +149,8 @@ class AttentionConfig:
     """
     ring_rows: int = 16384
     """ring: most rows a rank receives at once. A row is a token's keys and values of one layer, 4 KiB with 8
-    heads of 128 in bf16; those of two rounds and a gathered copy are held at a time.
+    heads of 128 in bf16. Those of two rounds and a gathered copy are held at a time; without rounds each
+    layer keeps what it received for the backward pass, as sparse does.
     """
     ranks_per_node: int | None = None
     """Neighbouring context-parallel ranks of one node, in which split documents stay; null: all in one. What
