@@ -48,7 +48,8 @@ class Unfinished:
             raise ValueError(f"{folder}: another run is at work there, expected one at a time") from error
         self.files_done = 0
         self.counts: dict[str, Any] = {}
-        self._numbers: dict[str, int] = {}  # of sources
+        self._numbers: dict[str, int] = {}  # of sources, of which the journal has the first `_noted`
+        self._noted = 0
         self._sums = dict.fromkeys(_STREAMS, 0)
         self._sizes = dict.fromkeys(_STREAMS, 0)
         self._files: dict[str, IO[bytes]] = {}
@@ -72,7 +73,8 @@ class Unfinished:
             if _checksum(self.folder / name, last["sizes"][name]) != last["sums"][name]:
                 return f"{name} that differ from their checksum"
         self.files_done, self.counts = len(done), last["counts"]
-        self._numbers = {name: number for number, name in enumerate(last["source_names"])}
+        names = [name for note in notes for name in note["source_names"]]
+        self._numbers, self._noted = {name: number for number, name in enumerate(names)}, len(names)
         self._sums, self._sizes = last["sums"], last["sizes"]
         return None
 
@@ -107,13 +109,13 @@ class Unfinished:
             os.fsync(file.fileno())
         line = dict(
             files=[stamp(file) for file in files[self.files_done :]], sizes=self._sizes, sums=self._sums,
-            counts=self.counts, source_names=self.source_names,
+            counts=self.counts, source_names=self.source_names[self._noted :],
         )  # fmt: skip
         with (self.folder / "journal").open("a") as journal:
             journal.write(json.dumps(line) + "\n")
             journal.flush()
             os.fsync(journal.fileno())
-        self.files_done = len(files)
+        self.files_done, self._noted = len(files), len(self._numbers)
 
     @property
     def source_names(self) -> list[str]:
