@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from anchor_megatron.layout.exchanges import EXCHANGES
 from anchor_megatron.layout.plan import Plan
 from anchor_megatron.testing.ranks import run_ranks
 from anchor_megatron.training import batch
@@ -46,7 +47,7 @@ def test_every_exchange_says_what_one_rank_says(precision: str, bound: float, tm
     words += ["--output", str(tmp_path / "out"), "--bound", str(bound)]
     (status, printed), *_ = run_ranks(4, on_rank, words, False)
     rows = json.loads((tmp_path / "out").read_text())["rows"]
-    exchanges = [(n, exchange) for n in (2, 4) for exchange in ("sparse", "ring", "ulysses")]
+    exchanges = [(n, exchange) for n in (2, 4) for exchange in EXCHANGES]
     assert status == 0 and [(row["ranks"], row["exchange"]) for row in rows] == [(1, "none"), *exchanges]
     assert all(row["identical"] for row in rows if row["exchange"] == "ulysses"), printed
     assert all(0 < row["from_fp64"] <= 2 * bound for row in rows), printed

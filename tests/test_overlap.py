@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from anchor_megatron.layout.cost import CostModel, LayerShape, Machine
-from anchor_megatron.layout.exchanges import find_way
+from anchor_megatron.layout.exchanges import Way, find_way
 from anchor_megatron.layout.overlap import choose_head_parts, local_and_waiting, pass_seconds
 from anchor_megatron.layout.placement import Placement, place, placement_traffic
 from anchor_megatron.profiling.predict import predict
@@ -60,12 +60,13 @@ def test_a_layer_takes_as_long_as_its_timetable(
 def test_the_quickest_number_of_parts_is_taken(ranks: int, per_node: int | None) -> None:
     costs = CostModel(ranks_per_node=per_node)
     placement = placed(ranks, costs)
-    way = find_way(placement, ring_rows=None, costs=costs)
+    way = find_way(placement, exchange="sparse", ring_rows=1, costs=costs)
     forward, backward = way.head_parts
     assert backward % forward == 0 and 8 % backward == 0
     assert (backward > 1) == (ranks > 8), "heads travel in parts where most of a window waits"
     one_head = replace(costs, shape=LayerShape(heads=4, groups=1))
-    assert find_way(placement, ring_rows=None, costs=one_head).head_parts == (1, 1)
+    assert find_way(placement, exchange="sparse", ring_rows=1, costs=one_head).head_parts == (1, 1)
+    assert find_way(placement, exchange="direct", ring_rows=1, costs=costs) == Way()
     taken = predict("sparse", placement, costs, ring_rows=1)
     assert taken is not None and taken.head_parts == way.head_parts
     local, waiting = local_and_waiting(placement, costs)

@@ -10,7 +10,6 @@ import pytest
 import torch
 
 from anchor_megatron.layout.cost import CostModel, LayerShape, Machine
-from anchor_megatron.layout.exchanges import EXCHANGES
 from anchor_megatron.layout.placement import PLACEMENTS, place
 from anchor_megatron.profiling.predict import predict
 from anchor_megatron.profiling.sweep import Sweep
@@ -28,7 +27,7 @@ def test_the_cost_model_predicts_what_was_measured(path: Path) -> None:
     )  # fmt: skip
     rows = [row for row in results["rows"] if row["name"] == "ours"]
     assert {row["placement"] for row in rows} == set(PLACEMENTS)
-    assert {row["exchange"] for row in rows} == set(EXCHANGES)
+    assert {row["exchange"] for row in rows} >= {"sparse", "ring", "ulysses"}
     for row in rows:
         heads, groups = map(int, row["heads"].split("/"))
         shape = LayerShape(heads, groups, results["shape"]["head_dim"], results["shape"]["bytes_per_value"])

@@ -23,7 +23,7 @@ _CHOICES = {
     "data.short_documents": ("drop", "join"),
     "data.packing": ("plain", "best_fit", "balanced"),
     "attention.placement": ("document", "zigzag", "contiguous"),
-    "attention.exchange": ("sparse", "ring", "ulysses"),
+    "attention.exchange": ("sparse", "direct", "ring", "ulysses"),
     "optimizer.decay": ("constant", "linear", "cosine"),
     "train.precision": ("bf16", "fp32"),
     "train.fp8": (None, "hybrid", "e4m3"),

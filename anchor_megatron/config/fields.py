@@ -143,8 +143,9 @@ class AttentionConfig:
     placement: str = "document"
     """Which rank holds which tokens: document (balanced, whole documents stay), zigzag or contiguous."""
     exchange: str = "sparse"
-    """How keys and values of split documents travel: sparse (one all-to-all of only the needed rows), ring
-    (the same in windows where they fit into a round; else in rounds, whose results are merged in fp32) or
+    """How keys and values of split documents travel: direct (one all-to-all of only the needed rows), sparse
+    (the same, or where the cost model finds it quicker in two steps and some heads after others), ring (as
+    sparse in windows where they fit into a round; else in rounds, whose results are merged in fp32) or
     ulysses (not at all: an all-to-all gives each rank whole documents for its share of the query heads).
     """
     ring_rows: int = 16384

@@ -1,7 +1,8 @@
 """The ways in which keys and values of split documents travel, and what each needs planned.
 
-sparse    all that a rank waits for, at once or by heads    the plan itself, or in two levels
-ring      where that is too much, in rounds                 and its rounds
+direct    all that a rank waits for, from who has it        the plan itself
+sparse    the same, where quicker in steps and by parts     and the second step
+ring      the same, where that is too much in rounds        and its rounds
 ulysses   not at all: heads are exchanged for tokens        and the way to whole documents
 """
 
@@ -20,7 +21,7 @@ from anchor_megatron.layout.rounds import make_rounds
 
 __all__ = ["EXCHANGES", "Way", "find_way", "plan_exchange"]
 
-EXCHANGES = ("sparse", "ring", "ulysses")
+EXCHANGES = ("sparse", "direct", "ring", "ulysses")
 
 
 @dataclass(frozen=True)
@@ -45,8 +46,8 @@ def plan_exchange(
     ring_rows: int,
     costs: CostModel = CostModel(),  # noqa: B008
 ) -> Plan:
-    """The plan of `rank` for an exchange; `ring_rows` bounds the rows received in a round of ring, `costs`
-    has the nodes and says whether rows go through them in two levels.
+    """The plan of `rank` for an exchange; `ring_rows` bounds the rows that ring receives at once, `costs`
+    says which way is quickest.
 
     A function of the placement and these options alone, so that all ranks' plans fit together. ValueError
     for `ring_rows` below 1.
@@ -54,7 +55,7 @@ def plan_exchange(
     assert exchange in EXCHANGES, f"got exchange {exchange!r}, expected one of {', '.join(EXCHANGES)}"
     if exchange == "ulysses" and placement.context_parallel_size > 1:
         return dataclasses.replace(make_plan(placement, rank), whole=make_whole(placement, rank))
-    way = find_way(placement, ring_rows=ring_rows if exchange == "ring" else None, costs=costs)
+    way = find_way(placement, exchange=exchange, ring_rows=ring_rows, costs=costs)
     if way.rounds:
         rounds = make_rounds(placement, rank, rounds=way.rounds)
         return dataclasses.replace(make_plan(placement, rank), rounds=tuple(rounds))
@@ -62,22 +63,22 @@ def plan_exchange(
     return dataclasses.replace(plan, head_parts=way.head_parts)
 
 
-def find_way(placement: Placement, *, ring_rows: int | None, costs: CostModel) -> Way:
-    """How needed rows travel best by the cost model.
+def find_way(placement: Placement, *, exchange: str, ring_rows: int, costs: CostModel) -> Way:
+    """How needed rows travel best by the cost model, if the exchange leaves a choice.
 
-    No rank receives more than `ring_rows` rows at a time, where that is given: rounds are for windows in
-    which one would, and two steps are not taken where they would make it so.
+    With ring no rank receives more than `ring_rows` rows at a time: rounds are for windows in which one
+    would, and two steps are not taken where they would make it so.
     """
-    if ring_rows is not None and ring_rows < 1:
+    if exchange == "ring" and ring_rows < 1:
         raise ValueError(f"rows of a round: got {ring_rows}, expected at least 1")
     moved = placement_traffic(placement, ranks_per_node=costs.ranks_per_node)
     most = int(moved.received.max())
-    if most == 0:
+    if most == 0 or exchange in ("direct", "ulysses"):
         return Way()
-    if ring_rows is not None and most > ring_rows:
+    if exchange == "ring" and most > ring_rows:
         return Way(rounds=-(-most // ring_rows))
     found = choose_hops(placement, costs, moved)
-    if found is not None and ring_rows is not None:
+    if found is not None and exchange == "ring":
         most = int(found.received(placement.context_parallel_size).max())
         found = found if most <= ring_rows else None
     return Way(hops=found, head_parts=choose_head_parts(placement, costs, moved, found))

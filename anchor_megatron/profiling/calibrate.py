@@ -17,33 +17,35 @@ from typing import Any
 import numpy as np
 
 from anchor_megatron.layout.cost import CostModel, Machine, tiled
-from anchor_megatron.layout.exchanges import EXCHANGES, find_way
+from anchor_megatron.layout.exchanges import Way
 from anchor_megatron.layout.placement import Placement, placement_traffic
-from anchor_megatron.profiling.measure import Case, Sample
+from anchor_megatron.profiling.measure import Sample
 from anchor_megatron.profiling.predict import row_seconds
 
 __all__ = ["calibrate", "least_squares"]
 
 
 def calibrate(samples: list[Sample], before: CostModel) -> Machine:
-    """`before.machine` with the rates that fit the samples best, those of exchange `sparse` first; rates that
-    they do not show (no exchange on one rank) stay. Exchanges are looked at inside a node.
+    """`before.machine` with the rates that fit the samples best, first those in which rows travel in one
+    step and all heads at once, then `ring` in rounds and `ulysses`; rates that they do not show (no exchange
+    on one rank) stay. Exchanges are looked at inside a node.
     """
-    of = {kind: [one for one in samples if one.case.exchange == kind] for kind in EXCHANGES}
-    machine = _fit_attention(of["sparse"], before.machine)
+    rows = [(one, one.case.way) for one in samples if one.case.exchange != "ulysses"]
+    plain = [one for one, way in rows if way == Way()]
+    machine = _fit_attention(plain, before.machine)
     most = before.ranks_per_node or max(sample.case.ranks for sample in samples)
-    shared = {kind: [one for one in own if 1 < one.case.ranks <= most] for kind, own in of.items()}
-    if any(_receives(sample) for sample in shared["sparse"]):
-        machine = _fit_exchange(shared["sparse"], machine)
-        machine = _fit_contention(shared["sparse"], machine)
-    for kind, name in (("ring", "merge_gb_per_s"), ("ulysses", "heads_gb_per_s")):
-        if own := [one for one in shared[kind] if kind == "ulysses" or _in_rounds(one.case)]:
-            machine = _fit_rate(own, machine, name)
+
+    def shared(own: list[Sample]) -> list[Sample]:
+        return [one for one in own if 1 < one.case.ranks <= most]
+
+    if any(_receives(sample) for sample in shared(plain)):
+        machine = _fit_exchange(shared(plain), machine)
+        machine = _fit_contention(shared(plain), machine)
+    if own := shared([one for one, way in rows if way.rounds]):
+        machine = _fit_rate(own, machine, "merge_gb_per_s")
+    if own := shared([one for one in samples if one.case.exchange == "ulysses"]):
+        machine = _fit_rate(own, machine, "heads_gb_per_s")
     return machine
-
-
-def _in_rounds(case: Case) -> bool:
-    return find_way(case.placement, ring_rows=case.ring_rows, costs=case.costs).rounds > 0
 
 
 def _receives(sample: Sample) -> bool:

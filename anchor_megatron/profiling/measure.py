@@ -30,7 +30,7 @@ from anchor_megatron.attention.execute import planned_attention
 from anchor_megatron.attention.kernels import Kernel
 from anchor_megatron.attention.plan_tensors import PackedArrays, plan_arrays, plan_tensors
 from anchor_megatron.layout.cost import CostModel, LayerShape, Machine
-from anchor_megatron.layout.exchanges import plan_exchange
+from anchor_megatron.layout.exchanges import Way, find_way, plan_exchange
 from anchor_megatron.layout.placement import Placement, balance
 from anchor_megatron.profiling.clock import slowest, timed
 from anchor_megatron.profiling.predict import Prediction, predict
@@ -68,6 +68,11 @@ class Case:
     def rank(self) -> int:
         """This rank's number among them."""
         return dist.get_rank(self.group) if self.group is not None else 0
+
+    @property
+    def way(self) -> Way:
+        """How its rows travel."""
+        return find_way(self.placement, exchange=self.exchange, ring_rows=self.ring_rows, costs=self.costs)
 
     def predicted(self, machine: Machine) -> Prediction:
         """The prediction by a machine's rates."""

@@ -24,7 +24,7 @@ from anchor_megatron.layout.placement import Placement, placement_traffic
 from anchor_megatron.layout.relay import wire_seconds
 from anchor_megatron.layout.traffic import Traffic
 
-__all__ = ["Prediction", "predict", "predict_at_once", "seconds_of_one_rank"]
+__all__ = ["Prediction", "predict", "seconds_of_one_rank"]
 
 
 @dataclass(frozen=True)
@@ -51,19 +51,14 @@ class Prediction:
 def predict(exchange: str, placement: Placement, costs: CostModel, *, ring_rows: int) -> Prediction | None:
     """The prediction for an exchange; None where it cannot run on so many ranks.
 
-    `sparse` sends all needed rows at once, or to every node once and on from there where that is quicker,
-    `ring` the same, but more than `ring_rows` in rounds whose outputs are merged, `ulysses` exchanges heads
-    for rows.
+    `direct` sends all needed rows at once, `sparse` the same or in two steps and by parts of heads where that
+    is quicker, `ring` more than `ring_rows` in rounds whose outputs are merged, `ulysses` exchanges heads for
+    rows.
     """
     if exchange == "ulysses":
         return _ulysses(placement, costs)
-    most = ring_rows if exchange == "ring" else None
-    return _rows_travel(placement, costs, find_way(placement, ring_rows=most, costs=costs))
-
-
-def predict_at_once(placement: Placement, costs: CostModel) -> Prediction:
-    """The prediction for `sparse` if it sent every row to every rank that needs it, all heads at once."""
-    return _rows_travel(placement, costs, Way())
+    way = find_way(placement, exchange=exchange, ring_rows=ring_rows, costs=costs)
+    return _rows_travel(placement, costs, way)
 
 
 def seconds_of_one_rank(lengths: np.ndarray, costs: CostModel) -> np.ndarray:

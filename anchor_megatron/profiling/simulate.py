@@ -18,7 +18,7 @@ from anchor_megatron.layout.bounds import least_received_rows, least_unevenness
 from anchor_megatron.layout.cost import CostModel
 from anchor_megatron.layout.exchanges import EXCHANGES, plan_exchange
 from anchor_megatron.layout.placement import PLACEMENTS, Placement, balance, place, received_rows
-from anchor_megatron.profiling.predict import Prediction, predict, predict_at_once, seconds_of_one_rank
+from anchor_megatron.profiling.predict import Prediction, predict, seconds_of_one_rank
 from anchor_megatron.profiling.rivals import CHUNK_SIZES, place_chunks, predict_every_document_everywhere
 from anchor_megatron.profiling.windows import draw_window
 
@@ -95,9 +95,6 @@ def _cases(settings: Settings, cu_seqlens: np.ndarray, ranks: int) -> Iterator[R
             if found and (kind, exchange) == ("document", "sparse"):
                 found |= {"plan_ms": milliseconds} | _bounds(placement, settings.tokens_per_rank)
             yield {"name": "ours", "placement": kind, "exchange": exchange}, found
-        if kind == "document":
-            found = figures(predict_at_once(placement, costs), placement)
-            yield {"name": "ours", "placement": kind, "exchange": "sparse, at once"}, found
     everywhere = figures(predict_every_document_everywhere(lengths, ranks, costs), None)
     yield {"name": "TransformerEngine THD", "placement": "every document", "exchange": "p2p"}, everywhere
     yield (
