@@ -12,6 +12,7 @@ from anchor_megatron.layout.exchanges import EXCHANGES
 from anchor_megatron.layout.placement import place
 from anchor_megatron.profiling.calibrate import calibrate, least_squares
 from anchor_megatron.profiling.measure import Case, Sample
+from anchor_megatron.profiling.predict import predict
 from anchor_megatron.profiling.windows import draw_window
 from anchor_megatron.testing.models import tiny_config
 from anchor_megatron.training.loader import cost_model
@@ -49,6 +50,16 @@ def test_calibration_finds_the_rates_of_a_machine() -> None:
     for name in ("merge_gb_per_s", "heads_gb_per_s"):
         assert getattr(found, name) == pytest.approx(getattr(machine, name), rel=0.02), name
     assert found.between_gb_per_s == Machine().between_gb_per_s
+
+
+def test_a_case_is_predicted_by_the_way_that_ran() -> None:
+    cu_seqlens = draw_window(TABLE, tokens=131072, longest=32768, seed=0)
+    placement = place("document", cu_seqlens, context_parallel_size=8, window_length=131072)
+    case = Case("document", placement, "sparse", CostModel(), ring_rows=1, group=None)
+    slow = Machine(inside_gb_per_s=30)
+    other = predict("sparse", placement, CostModel(slow), ring_rows=1)
+    assert other is not None and other.head_parts != case.way.head_parts
+    assert case.predicted(slow).head_parts == case.way.head_parts
 
 
 def test_calibration_on_one_rank_leaves_the_exchange_as_it_was() -> None:

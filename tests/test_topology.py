@@ -62,7 +62,6 @@ def test_traffic_is_that_of_whole_plans(topology: tuple[np.ndarray, int, int], k
     assert moved.crossing.tolist() == (counts * (node[:, None] != node)).sum(axis=1).tolist()
     rows_to = np.array([plan.send_counts for plan in plans]) * (node[:, None] != node)
     assert moved.crossing_sent.tolist() == rows_to.sum(axis=1).tolist()
-    assert moved.node_sent.sum() == moved.node_crossing.sum()
     arriving = [arriving_tokens(plans, rank, node) for rank in range(ranks)]
     once = [
         len(set().union(*(arriving[rank] for rank in np.flatnonzero(node == n))))

@@ -128,7 +128,7 @@ def area(lengths: np.ndarray) -> float:
 
 
 def measure(name: str, case: Case, heads: int, groups: int, repeats: int) -> dict[str, Any]:
-    """Times one implementation and prints its row; one that fails is a row with its error."""
+    """Times one implementation and prints its row."""
     attend, tokens, pairs = case()
     device = torch.device("cuda", torch.cuda.current_device())
     row = measure_total(attend, tokens, LayerShape(heads, groups, HEAD_DIM), device=device, repeats=repeats)

@@ -4,7 +4,7 @@
     torchrun --nproc-per-node 8 tools/compare_logits.py --checkpoint runs/anchor-64k --tokens 65536
 
 Every size that divides the ranks is compared with one rank and, without a GPU, with the whole model in fp64;
-each rank compares its own tokens, so that a table of all logits is on the device once.
+each rank compares its own tokens with one rank's, which it has made itself.
 The paper reports logits that differ by 0.75 for zigzag ring attention and by nothing for Ulysses at 32K
 tokens in BF16 (arXiv 2411.13476). Differences are of the largest logit; the exit status is 1 where one passes
 the bound, so that a script can ask.

@@ -73,7 +73,7 @@ class Unfinished:
             if _checksum(self.folder / name, last["sizes"][name]) != last["sums"][name]:
                 return f"{name} that differ from their checksum"
         self.files_done, self.counts = len(done), last["counts"]
-        names = [name for note in notes for name in note["source_names"]]
+        names = list(dict.fromkeys(name for note in notes for name in note["source_names"]))
         self._numbers, self._noted = {name: number for number, name in enumerate(names)}, len(names)
         self._sums, self._sizes = last["sums"], last["sizes"]
         return None

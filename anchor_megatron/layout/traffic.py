@@ -27,8 +27,8 @@ class Traffic:
 
     received, sent              by every rank
     crossing, crossing_sent     those of them from and to ranks of other nodes
-    node_crossing, node_sent    from and to other nodes if a row goes to each node once, however many of its
-                                ranks need it
+    node_crossing               from other nodes if a row goes to each node once, however many of its ranks
+                                need it
     """
 
     received: np.ndarray
@@ -36,7 +36,6 @@ class Traffic:
     crossing: np.ndarray
     crossing_sent: np.ndarray
     node_crossing: np.ndarray
-    node_sent: np.ndarray
 
 
 def rows_received(
@@ -74,7 +73,6 @@ def traffic(
         crossing=_from_elsewhere(document, stop, tokens, node, rank, ranks),
         crossing_sent=sent - _sent(document * nodes + node, stop, tokens, rank, ranks),
         node_crossing=rows_received(document, stop, tokens, node, nodes),
-        node_sent=_sent(document, stop, tokens, node, nodes),
     )
 
 

@@ -74,7 +74,7 @@ def bytes_chart(rows: Rows) -> bytes:
             "ours: document, direct",
         )
         names = [name for name in _STYLES if not name.startswith(left_out)]
-        # of ours what ranks need, as targets and bounds have it, without what they merely hand on
+        # what ranks need, as targets and bounds have it, without what they merely hand on
         needed = [row | {"received": row.get("needed", row["received"])} for row in rows]
         _lines(axes, needed, "received", names)
         bounds = [row for row in rows if row.get("least_received")]

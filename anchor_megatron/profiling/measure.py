@@ -15,6 +15,7 @@ layer.
 
 from __future__ import annotations
 
+import functools
 import gc
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -33,7 +34,7 @@ from anchor_megatron.layout.cost import CostModel, LayerShape, Machine
 from anchor_megatron.layout.exchanges import Way, find_way, plan_exchange
 from anchor_megatron.layout.placement import Placement, balance
 from anchor_megatron.profiling.clock import slowest, timed
-from anchor_megatron.profiling.predict import Prediction, predict
+from anchor_megatron.profiling.predict import Prediction, predict, predict_way
 from anchor_megatron.profiling.stand_ins import NoAttention, Remembered
 
 __all__ = ["Case", "Sample", "groups_by_size", "measure", "measure_total"]
@@ -69,14 +70,16 @@ class Case:
         """This rank's number among them."""
         return dist.get_rank(self.group) if self.group is not None else 0
 
-    @property
+    @functools.cached_property
     def way(self) -> Way:
         """How its rows travel."""
         return find_way(self.placement, exchange=self.exchange, ring_rows=self.ring_rows, costs=self.costs)
 
     def predicted(self, machine: Machine) -> Prediction:
-        """The prediction by a machine's rates."""
+        """The prediction by a machine's rates, for the way that the case's own costs chose."""
         costs = replace(self.costs, machine=machine)
+        if self.exchange != "ulysses":
+            return predict_way(self.way, self.placement, costs)
         found = predict(self.exchange, self.placement, costs, ring_rows=self.ring_rows)
         assert found is not None, f"{self.exchange} runs on {self.ranks} ranks, so it can be predicted"
         return found

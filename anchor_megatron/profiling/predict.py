@@ -24,7 +24,7 @@ from anchor_megatron.layout.placement import Placement, placement_traffic
 from anchor_megatron.layout.relay import wire_seconds
 from anchor_megatron.layout.traffic import Traffic
 
-__all__ = ["Prediction", "predict", "seconds_of_one_rank"]
+__all__ = ["Prediction", "predict", "predict_way", "seconds_of_one_rank"]
 
 
 @dataclass(frozen=True)
@@ -57,8 +57,9 @@ def predict(exchange: str, placement: Placement, costs: CostModel, *, ring_rows:
     """
     if exchange == "ulysses":
         return _ulysses(placement, costs)
-    way = find_way(placement, exchange=exchange, ring_rows=ring_rows, costs=costs)
-    return _rows_travel(placement, costs, way)
+    return predict_way(
+        find_way(placement, exchange=exchange, ring_rows=ring_rows, costs=costs), placement, costs
+    )
 
 
 def seconds_of_one_rank(lengths: np.ndarray, costs: CostModel) -> np.ndarray:
@@ -68,8 +69,12 @@ def seconds_of_one_rank(lengths: np.ndarray, costs: CostModel) -> np.ndarray:
     )
 
 
-def _rows_travel(placement: Placement, costs: CostModel, way: Way) -> Prediction:
-    """Only needed rows travel. Each round is merged into the result."""
+def predict_way(way: Way, placement: Placement, costs: CostModel) -> Prediction:
+    """The prediction for rows that travel so, be it the quickest way or not.
+
+    Rounds fly under pieces as parts of heads do. Each is merged into the result, and in the backward pass its
+    rows travel once more before their gradients go home.
+    """
     local, waiting = local_and_waiting(placement, costs)
     moved = placement_traffic(placement, ranks_per_node=costs.ranks_per_node)
     received, sent = moved.received, moved.sent
@@ -78,12 +83,13 @@ def _rows_travel(placement: Placement, costs: CostModel, way: Way) -> Prediction
     memory = row_seconds(placement, received, sent, costs)
     calls = call_seconds(placement, costs)
     parts = way.head_parts
-    if (
-        way.rounds
-    ):  # they fly under pieces as parts of heads do, but pieces are cut by keys and tiles are short
-        memory, parts = memory + _merging_seconds(placement, costs, way.rounds), (way.rounds, way.rounds)
-        calls = np.full_like(calls, costs.machine.latency_us / 1e6)
+    if way.rounds:
+        parts, calls = (way.rounds, way.rounds), np.full_like(calls, costs.machine.latency_us / 1e6)
     wire = np.stack([wire_seconds(moved, way.hops, costs, head_parts=one) for one in parts])
+    if way.rounds:
+        wire[1] *= 2
+        memory[1] += 2 * sent * costs.shape.row_bytes / costs.machine.memory_gb_per_s / 1e9
+        memory += _merging_seconds(placement, costs, way.rounds)
     together = np.stack(
         [pass_seconds(local[i], waiting[i], wire[i], costs, parts=parts[i], call=calls[i]) for i in range(2)]
     )

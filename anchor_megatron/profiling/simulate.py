@@ -17,7 +17,7 @@ import numpy as np
 from anchor_megatron.layout.bounds import least_received_rows, least_unevenness
 from anchor_megatron.layout.cost import CostModel
 from anchor_megatron.layout.exchanges import EXCHANGES, plan_exchange
-from anchor_megatron.layout.placement import PLACEMENTS, Placement, balance, place, received_rows
+from anchor_megatron.layout.placement import PLACEMENTS, Placement, balance, place
 from anchor_megatron.profiling.predict import Prediction, predict, seconds_of_one_rank
 from anchor_megatron.profiling.rivals import CHUNK_SIZES, place_chunks, predict_every_document_everywhere
 from anchor_megatron.profiling.windows import draw_window
@@ -149,6 +149,7 @@ def _figures(
     }
     if (moved := prediction.moved) is not None:
         found |= {
+            "needed": float(moved.received.max()) / ring,  # without what is merely handed on
             "two_levels": float(prediction.two_levels),
             "head_parts": float(np.mean(prediction.head_parts)),
         }
@@ -160,15 +161,12 @@ def _figures(
 
 
 def _bounds(placement: Placement, tokens_per_rank: int) -> dict[str, float]:
-    """What the worst rank needs from others, and what no placement can beat, at the balance that is the
-    target.
-    """
+    """What no placement can beat, at the balance that is the target."""
     ranks, cu_seqlens = placement.context_parallel_size, placement.cu_seqlens
     ring = max(1, tokens_per_rank * (ranks - 1))
     unevenness = TARGETS.get(ranks, (1.02,))[0]
     rows = least_received_rows(cu_seqlens, ranks, unevenness=unevenness)
     return {
-        "needed": float(received_rows(placement).max()) / ring,
         "least_balance": least_unevenness(cu_seqlens, ranks),
         "least_received": rows / ring,
     }
